@@ -1,0 +1,43 @@
+"""sparsedm: N:M sparse (SparseDM) and structurally pruned (Diff-Pruning) diffusion models that really are smaller and faster.
+
+teacher = sparsedm.load("glyphs-uvit")
+student = sparsedm.sparsify(copy.deepcopy(teacher), "2:4")
+for state in sparsedm.finetune(student, teacher, data="glyphs", steps=2000): ...
+sparsedm.fold(student).save_pretrained("out")
+"""
+
+import importlib
+
+from .compat import repair_torchvision
+
+repair_torchvision()  # before anything imports diffusers
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "NMPattern": "nm",
+    "sparsify": "layers",
+    "densify": "layers",
+    "fold": "layers",
+    "report": "report",
+    "count": "macs",
+    "train": "distill",
+    "finetune": "distill",
+    "sample": "diffusion",
+    "generate": "diffusion",
+    "load": "models.zoo",
+    "build": "models.zoo",
+    "reproduce": "experiment",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str):
+    """Import on first use: `import sparsedm` stays light."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'sparsedm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_WHERE]

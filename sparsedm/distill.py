@@ -1,0 +1,289 @@
+"""Training as generators: `train` a dense model, `finetune` a sparse student with knowledge transferred from its teacher.
+
+Every random draw of a step comes from (seed, step) alone, so a run that was killed and resumed ends with the same weights,
+bit for bit on one CPU, as one that was not.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import SchedulerMixin
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from . import data as data_module
+from . import diffusion, layers
+from .files import replacing
+
+CHECKPOINT = "checkpoint.pt"
+OPTIMIZERS = ("adamw", "muon")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; `steps` and what follows are keyword arguments of `train` and `finetune`.
+
+    Attributes:
+        batch_size: pictures per step, over all processes.
+        optimizer: "adamw", or "muon" (torch.optim.Muon on the hidden linear weights, AdamW on the rest).
+        lr, betas, weight_decay: of either. lr_schedule: diffusers' name ("constant_with_warmup" is the papers', "cosine").
+        warmup: steps of linear warm-up. clip: largest gradient norm, 0 for none.
+        ema_decay: of the moving average of the dense master weights.
+        p_uncond: how often a label is replaced by the "no class" one, for classifier-free guidance.
+        flip: mirror half of the pictures.
+        noise_weight, teacher_weight: of the two terms of the loss (SparseDM 3.3: 1 and 0.1).
+        pattern_schedule: ((step, "31:32"), ...): from that step on the student's pattern, same weights and optimiser.
+        checkpoint_every: steps between checkpoints; workers: of the data loader. These two may change between resumes.
+    """
+
+    steps: int
+    batch_size: int = 64
+    optimizer: str = "adamw"
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    lr_schedule: str = "constant_with_warmup"
+    warmup: int = 0
+    clip: float = 1.0
+    ema_decay: float = 0.999
+    p_uncond: float = 0.1
+    flip: bool = False
+    noise_weight: float = 1.0
+    teacher_weight: float = 0.1
+    pattern_schedule: tuple[tuple[int, str], ...] = ()
+    seed: int = 0
+    mixed_precision: str = "no"
+    checkpoint_every: int = 500
+    workers: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, it is {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+        starts = [step for step, _ in self.pattern_schedule]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"pattern_schedule steps must increase, they are {starts}")
+
+    def identity(self) -> dict:
+        """What must be equal for a checkpoint to be resumed."""
+        values = json.loads(json.dumps(dataclasses.asdict(self)))  # tuples and lists are the same
+        return {k: v for k, v in values.items() if k not in ("checkpoint_every", "workers")}
+
+
+@dataclass
+class TrainState:
+    """What `train` and `finetune` yield after every step.
+
+    `loss` and its unweighted `terms` are of this step; `seconds` is its duration; `model` holds the raw weights.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    terms: dict[str, float]
+    lr: float
+    seconds: float
+    model: nn.Module
+    ema: EMAModel = field(repr=False)
+
+    def ema_model(self) -> nn.Module:
+        """A copy of the model with the averaged weights, in eval mode: the one to sample from."""
+        model = copy.deepcopy(self.model).eval()
+        self.ema.copy_to(model.parameters())
+        return model
+
+
+def train(model: nn.Module, data: str | Dataset, **options) -> Iterator[TrainState]:
+    """Train a dense model from its present weights; arguments as `finetune` without a teacher."""
+    return _run(model, None, data, **options)
+
+
+def finetune(student: nn.Module, teacher: nn.Module | None, data: str | Dataset, **options) -> Iterator[TrainState]:
+    """Fine-tune `student` in place, yielding a `TrainState` after every step (SparseDM 3.3, arXiv 2404.10445).
+
+    loss = noise_weight * MSE(target, student) + teacher_weight * MSE(teacher, student), means over pixels and batch. Student
+    and EMA start from the student's present weights (those of the teacher, if it is a sparsified copy); the teacher is in
+    eval mode and gets no gradient. When the generator is exhausted, `student` holds the EMA weights, in eval mode.
+
+    Args:
+        data: a data set or its name (`sparsedm.data.NAMES`).
+        scheduler: a diffusers scheduler with the noise schedule and prediction type; by default the student's own
+            `noise_schedule`, else DDPM's linear one with noise prediction.
+        out: a folder for checkpoints; a run that finds its own checkpoint there goes on from it.
+        **options: the fields of `TrainConfig`; `steps` is required.
+
+    Raises:
+        ValueError: a bad option, or a checkpoint in `out` that belongs to a run with other settings.
+        FloatingPointError: the loss is not finite (names the step; the last checkpoint stays).
+    """
+    return _run(student, teacher, data, **options)
+
+
+def _run(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    data: str | Dataset,
+    *,
+    scheduler: SchedulerMixin | None = None,
+    out: str | Path | None = None,
+    **options,
+) -> Iterator[TrainState]:
+    config = TrainConfig(**options)
+    dataset = data_module.load(data)
+    scheduler = scheduler or diffusion.make_scheduler("ddpm", model)
+    for _, pattern in config.pattern_schedule:
+        layers.set_pattern(model, pattern)  # all of them fit, or none is trained
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    training = _Training(model.train(), config, accelerator)
+    checkpoint = Path(out, CHECKPOINT) if out else None
+    start = training.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
+    if teacher is not None:
+        teacher.to(accelerator.device).eval()
+    draw = _StepDraw(diffusion.null_label(model), scheduler, config, accelerator)
+    batches = data_module.StepSampler(len(dataset), config.batch_size, config.seed, start, config.steps)
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=config.workers, generator=torch.Generator())
+    for step, (images, labels) in enumerate(loader, start + 1):
+        began = time.perf_counter()
+        _apply_pattern(model, config.pattern_schedule, step - 1)
+        with draw.random_stream(step - 1), accelerator.autocast():
+            terms = _losses(training.prepared, teacher, scheduler, *draw(images, labels))
+        loss = config.noise_weight * terms["noise"] + config.teacher_weight * terms.get("teacher", 0)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower lr, or resume from {checkpoint}")
+        lr = training.update(loss)
+        if checkpoint and accelerator.is_main_process and (step % config.checkpoint_every == 0 or step == config.steps):
+            training.save(checkpoint, step)
+        values = {name: value.item() for name, value in terms.items()}
+        yield TrainState(step, config.steps, loss.item(), values, lr, time.perf_counter() - began, model, training.ema)
+    _apply_pattern(model, config.pattern_schedule, config.steps)
+    training.ema.copy_to(model.parameters())
+    model.eval()
+
+
+class _Training:
+    """Everything of a run that changes from step to step: weights, their average, optimisers, learning rates."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, accelerator: Accelerator):
+        self.model, self.config, self.accelerator = model.to(accelerator.device), config, accelerator
+        self.ema = EMAModel(model.parameters(), decay=config.ema_decay, foreach=True)
+        self.optimizers = _make_optimizers(model, config)
+        self.lr_schedulers = [
+            get_scheduler(config.lr_schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
+            for optimizer in self.optimizers
+        ]
+        self.prepared, *self.steppers = accelerator.prepare(model, *self.optimizers)
+
+    def update(self, loss: torch.Tensor) -> float:
+        """One optimiser step; returns the learning rate it had."""
+        self.accelerator.backward(loss)
+        if self.config.clip:
+            self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.clip)
+        lr = self.lr_schedulers[0].get_last_lr()[0]
+        for optimizer in self.steppers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for lr_scheduler in self.lr_schedulers:
+            lr_scheduler.step()
+        layers.decay_pruned(self.model, lr)
+        self.ema.step(self.model.parameters())
+        return lr
+
+    def _stateful(self) -> list:
+        return [self.model, self.ema, *self.optimizers, *self.lr_schedulers]
+
+    def save(self, path: Path, step: int) -> None:
+        content = {"step": step, "config": self.config.identity(), "states": [x.state_dict() for x in self._stateful()]}
+        with replacing(path) as temporary:
+            torch.save(content, temporary)
+
+    def resume(self, path: Path) -> int:
+        """Take up a checkpoint and return its step; a ValueError says why it cannot be taken up."""
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            saved, states = content["config"], content["states"]
+        except Exception as error:
+            raise ValueError(f"{path} is not a readable checkpoint ({error}); remove it to start anew") from error
+        other = [f"{k} {saved.get(k)!r} instead of {v!r}" for k, v in self.config.identity().items() if saved.get(k) != v]
+        if other:
+            raise ValueError(f"{path} belongs to a run with {', '.join(other)}; use another folder or the same settings")
+        for thing, state in zip(self._stateful(), states, strict=True):
+            thing.load_state_dict(state)
+        self.ema.to(self.accelerator.device)
+        return content["step"]
+
+
+def _make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    hidden = {}
+    if config.optimizer == "muon":
+        edges = layers.DEFAULT_EXCLUDE.get(type(model).__name__, ())
+        linears = [(n, m) for n, m in layers.weight_layers(model) if isinstance(m, nn.Linear)]
+        hidden = {id(m.weight): m.weight for n, m in linears if not any(fnmatchcase(n, glob) for glob in edges)}
+    rest = [p for p in model.parameters() if id(p) not in hidden]
+    adamw = torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
+    if not hidden:
+        return [adamw]
+    # This scaling gives Muon's update the size of AdamW's, so that one learning rate serves both.
+    muon = torch.optim.Muon(hidden.values(), config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [adamw, muon]
+
+
+def _apply_pattern(model: nn.Module, schedule: Sequence[tuple[int, str]], step: int) -> None:
+    due = [pattern for start, pattern in schedule if start <= step]
+    if due:
+        layers.set_pattern(model, due[-1])
+
+
+class _StepDraw:
+    """The random part of a step: flips, label dropout, timesteps, noise.
+
+    Drawn for the global batch and then cut to this process's share, so the number of processes does not matter.
+    """
+
+    def __init__(self, null: int | None, scheduler: SchedulerMixin, config: TrainConfig, accelerator: Accelerator):
+        self.null, self.scheduler, self.config, self.accelerator = null, scheduler, config, accelerator
+
+    @contextlib.contextmanager
+    def random_stream(self, step: int) -> Iterator[None]:
+        """Within it torch's generators (dropout's too) follow from (seed, step); afterwards they are as before."""
+        with torch.random.fork_rng():
+            torch.manual_seed((self.config.seed * 1_000_003 + step) * 997)
+            yield
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        n = len(images)
+        if self.config.flip:
+            images = torch.where(torch.rand(n)[:, None, None, None] < 0.5, images.flip(-1), images)
+        if self.null is not None:
+            labels = torch.where(torch.rand(n) < self.config.p_uncond, self.null, labels)
+        t = torch.randint(self.scheduler.config.num_train_timesteps, (n,))
+        noise = torch.randn(images.shape)
+        share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        device = self.accelerator.device
+        images, noise, t, labels = (x[share].to(device) for x in (images, noise, t, labels))
+        return images, noise, t, None if self.null is None else labels
+
+
+def _losses(model, teacher, scheduler, images, noise, t, labels) -> dict[str, torch.Tensor]:
+    noisy = scheduler.add_noise(images, noise, t)
+    kwargs = {} if labels is None else {"class_labels": labels}
+    output = model(noisy, t, **kwargs).sample
+    terms = {"noise": F.mse_loss(output.float(), diffusion.target(scheduler, images, noise, t).float())}
+    if teacher is not None:
+        with torch.no_grad():
+            expected = teacher(noisy, t, **kwargs).sample
+        terms["teacher"] = F.mse_loss(output.float(), expected.float())
+    return terms

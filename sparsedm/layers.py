@@ -1,0 +1,241 @@
+"""N:M sparse training layers and the life of a layer: sparsify, densify, fold.
+
+`sparsify` swaps the class of `nn.Linear` and `nn.Conv2d` modules in place. Parameters keep their identity and their
+state-dict key, so optimisers, EMA, accelerate and checkpoints go on working; the mask is derived from the dense master
+weight in every forward and never stored.
+"""
+
+import copy
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import nm
+from .nm import NMPattern
+
+SR_STE_DECAY = 2e-4
+DECAY_MODES = ("gradient", "decoupled")
+
+# Layers that the papers leave dense, by class name of the model. Layers that cannot be grouped stay dense anyway.
+DEFAULT_EXCLUDE = {
+    "UViTModel": ("patch_embed.*", "decoder_pred", "final_layer"),  # SparseDM 4: block linears and skip_linear
+    "UNet2DModel": ("conv_in", "conv_out"),
+}
+
+
+class _SRSTE(torch.autograd.Function):
+    """Masked weight forward; backward g + decay * (1 - mask) * w, straight through to kept and pruned entries alike."""
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor, mask: torch.Tensor, decay: float) -> torch.Tensor:
+        masked = torch.where(mask, weight, 0)
+        ctx.decay = decay
+        if decay:
+            ctx.save_for_backward(weight - masked)  # the pruned part
+        return masked
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        if not ctx.decay:
+            return grad, None, None
+        (pruned,) = ctx.saved_tensors
+        return torch.add(grad, pruned, alpha=ctx.decay), None, None
+
+
+class _NMLayer:
+    """What NMLinear and NMConv2d share. Attributes: `pattern`, `decay` (lambda of SR-STE), `decay_mode`."""
+
+    pattern: NMPattern
+    decay: float
+    decay_mode: str
+
+    def mask(self) -> torch.Tensor:
+        """Boolean mask of the current weight."""
+        return nm.mask(self.weight, self.pattern)
+
+    def masked_weight(self) -> torch.Tensor:
+        """The weight the layer computes with: exact zeros outside the mask, SR-STE gradient to the dense master.
+
+        SparseDM 3.2 (arXiv 2404.10445), after SR-STE (arXiv 2102.04010): dL/dw = dL/dw_masked + decay * (1 - mask) * w.
+        """
+        return _SRSTE.apply(self.weight, self.mask(), self.decay if self.decay_mode == "gradient" else 0.0)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pattern={self.pattern}, decay={self.decay:g}"
+
+
+class NMLinear(_NMLayer, nn.Linear):
+    """`nn.Linear` whose weight is masked N:M along the input features."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.masked_weight(), self.bias)
+
+
+class NMConv2d(_NMLayer, nn.Conv2d):
+    """`nn.Conv2d` whose weight is masked N:M along the input channels, at each kernel position by itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.masked_weight(), self.bias)
+
+
+_SPARSE_CLASS = {nn.Linear: NMLinear, nn.Conv2d: NMConv2d}
+_DENSE_CLASS = {sparse: dense for dense, sparse in _SPARSE_CLASS.items()}
+
+
+def nm_layers(model: nn.Module) -> Iterator[tuple[str, NMLinear | NMConv2d]]:
+    """Names and modules of the sparse-training layers."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, _NMLayer))
+
+
+def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+    """Names and modules of all linear and 2-D convolution layers, sparse or not."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+
+
+def sparsify(
+    model: nn.Module,
+    pattern: str | NMPattern = "2:4",
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] | None = None,
+    overrides: Mapping[str, str | NMPattern] | None = None,
+    decay: float = SR_STE_DECAY,
+    decay_mode: str = "gradient",
+) -> nn.Module:
+    """Turn the linear and convolution layers of `model` into sparse-training layers, in place; returns the model.
+
+    Args:
+        pattern: N:M for every layer.
+        include, exclude: globs on layer names ("mid_block.*"). `exclude` defaults to the papers' rule for the model's class.
+        overrides: glob to pattern, for layers that get another one; the first glob that matches counts.
+        decay: lambda of SR-STE, 2e-4 in the paper; 0 is the plain straight-through estimator.
+        decay_mode: "gradient" adds the SR term to the gradient (the paper, so Adam normalises it); "decoupled" leaves it
+            to `decay_pruned`, which the training loop calls after the optimiser's step.
+
+    Layers that stay dense carry the reason, see `sparsedm.report`.
+
+    Raises:
+        ValueError: bad pattern or mode, a glob that matches no layer, or no layer that fits the pattern.
+    """
+    pattern = NMPattern.parse(pattern)
+    overrides = {glob: NMPattern.parse(p) for glob, p in (overrides or {}).items()}
+    if decay_mode not in DECAY_MODES:
+        raise ValueError(f"decay_mode {decay_mode!r} is none of {', '.join(DECAY_MODES)}")
+    if decay < 0:
+        raise ValueError(f"decay must not be negative, it is {decay}")
+    default = exclude is None
+    exclude = DEFAULT_EXCLUDE.get(type(model).__name__, ()) if default else exclude
+    layers = dict(weight_layers(model))
+    _check_globs([*include, *overrides, *(() if default else exclude)], layers)
+    converted = 0
+    for name, module in layers.items():
+        chosen = next((p for glob, p in overrides.items() if fnmatchcase(name, glob)), pattern)
+        reason = _why_dense(name, module, chosen, include, exclude)
+        if reason:
+            module.dense_reason = reason
+            continue
+        module.__class__ = _SPARSE_CLASS.get(type(module), type(module))
+        module.pattern, module.decay, module.decay_mode = chosen, float(decay), decay_mode
+        converted += 1
+    if not converted:
+        reasons = "; ".join(f"{name}: {module.dense_reason}" for name, module in list(layers.items())[:3])
+        raise ValueError(f"no layer of {type(model).__name__} takes {pattern} ({reasons or 'it has no linear or conv layer'})")
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = types.MethodType(_save_folded, model)
+    return model
+
+
+def _check_globs(globs: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
+    for glob in globs:
+        if glob != "*" and not any(fnmatchcase(name, glob) for name in layers):
+            raise ValueError(f"{glob!r} matches no layer; the layers are {', '.join(list(layers)[:8])} ...")
+
+
+def _why_dense(name: str, module: nn.Module, pattern: NMPattern, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Why a layer cannot or must not be sparse, or None if it will be."""
+    if not any(fnmatchcase(name, glob) for glob in include):
+        return "not included"
+    for glob in exclude:
+        if fnmatchcase(name, glob):
+            return f"excluded by rule {glob}"
+    if type(module) not in _SPARSE_CLASS and not isinstance(module, _NMLayer):
+        return f"class {type(module).__name__} is not plain Linear or Conv2d"
+    if getattr(module, "groups", 1) != 1:
+        return f"grouped convolution ({module.groups} groups)"
+    axis = module.weight.shape[1]
+    if axis % pattern.m:
+        return f"{axis} inputs, not a multiple of {pattern.m}"
+    return None
+
+
+def _leave(model: nn.Module, keep_mask: bool) -> nn.Module:
+    for _, module in list(nm_layers(model)):
+        if keep_mask:
+            with torch.no_grad():
+                module.weight.copy_(torch.where(module.mask(), module.weight, 0))
+        module.__class__ = _DENSE_CLASS[type(module)]
+        del module.pattern, module.decay, module.decay_mode
+    model.__dict__.pop("save_pretrained", None)
+    return model
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Back to plain layers with the dense master weights, in place; the masks are dropped. Returns the model."""
+    return _leave(model, keep_mask=False)
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Back to plain layers with the masks written into the weights as exact zeros, in place. Returns the model.
+
+    The outputs do not change by a bit. Training on needs the dense master weights: fold a `copy.deepcopy` to keep them.
+    """
+    return _leave(model, keep_mask=True)
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A folded copy; the model itself is not touched."""
+    return fold(copy.deepcopy(model))
+
+
+def _save_folded(self: nn.Module, save_directory, **kwargs) -> None:
+    """diffusers' save_pretrained on a folded copy: the folder holds the sparse weights that the model computes with."""
+    copied = folded(self)
+    copied.save_pretrained(save_directory, **kwargs)
+
+
+def set_pattern(model: nn.Module, pattern: str | NMPattern) -> None:
+    """Give every sparse-training layer another pattern; weights and optimiser state stay.
+
+    Raises:
+        ValueError: a layer's input axis is not a multiple of M (nothing is changed then).
+    """
+    pattern = NMPattern.parse(pattern)
+    for name, module in nm_layers(model):
+        if module.weight.shape[1] % pattern.m:
+            raise ValueError(f"{name} has {module.weight.shape[1]} inputs, not a multiple of {pattern.m}")
+    for _, module in nm_layers(model):
+        module.pattern = pattern
+
+
+def decay_pruned(model: nn.Module, lr: float) -> None:
+    """The decoupled SR term: w <- w - lr * decay * (1 - mask) * w for layers with decay_mode="decoupled"."""
+    with torch.no_grad():
+        for _, module in nm_layers(model):
+            if module.decay_mode == "decoupled" and module.decay:
+                pruned = torch.where(module.mask(), 0, module.weight)
+                module.weight.sub_(pruned, alpha=lr * module.decay)
+
+
+def masks(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The current mask of every sparse-training layer, by name."""
+    return {name: module.mask() for name, module in nm_layers(model)}
+
+
+def mask_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> float:
+    """Share of the masked weights (0 to 1) whose mask differs between two results of `masks`."""
+    total = sum(mask.numel() for mask in before.values())
+    return sum(int((before[name] != after[name]).sum()) for name in before) / max(total, 1)

@@ -1,0 +1,166 @@
+"""Named models: the papers' configurations with their published figures, and the checkpoints that ship with the package."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..files import replacing_folder
+from . import classifier, uvit
+
+ASSETS = Path(__file__).parent.parent / "assets"
+WEIGHTS, CONFIG, SCHEDULE = "diffusion_pytorch_model.safetensors", "config.json", "scheduler_config.json"
+
+
+@dataclass(frozen=True)
+class PaperModel:
+    """A configuration from a paper, with what was published: millions of parameters, G MACs, FID ("" where not found)."""
+
+    cls: type[ModelMixin]
+    config: dict = field(repr=False)
+    params_m: float
+    gmacs: float
+    fid: float | None
+    source: str
+
+
+def _uvit(size: int, patch: int, channels: int, dim: int, depth: int, heads: int, classes: int | None = None, **extra) -> dict:
+    return {
+        "sample_size": size, "patch_size": patch, "in_channels": channels, "embed_dim": dim, "depth": depth,
+        "num_heads": heads, "num_classes": classes, **extra,
+    }  # fmt: skip
+
+
+def _ddpm(size: int, multipliers: tuple[int, ...], attention_level: int) -> dict:
+    """The DDPM UNet (Ho et al. 2020) in diffusers' terms: 128 channels, attention at one level and in the middle."""
+    levels = range(len(multipliers))
+    return {
+        "sample_size": size, "block_out_channels": tuple(128 * m for m in multipliers), "layers_per_block": 2,
+        "down_block_types": tuple("AttnDownBlock2D" if i == attention_level else "DownBlock2D" for i in levels),
+        "up_block_types": tuple("AttnUpBlock2D" if i == attention_level else "UpBlock2D" for i in reversed(levels)),
+        "attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6,
+    }  # fmt: skip
+
+
+# SparseDM's UNet for CIFAR-10 (its repository, configs): 112 channels, attention at 4x4 and 2x2, 4 heads, scale and shift.
+_SPARSEDM_UNET = {
+    "sample_size": 32, "block_out_channels": (112, 224, 224, 448, 448), "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D",) * 3 + ("AttnDownBlock2D",) * 2,
+    "up_block_types": ("AttnUpBlock2D",) * 2 + ("UpBlock2D",) * 3,
+    "attention_head_dim": 112, "norm_num_groups": 28, "resnet_time_scale_shift": "scale_shift",
+}  # fmt: skip
+
+_UVIT_README = "U-ViT repository, readme"
+_DP_TABLE = "Diff-Pruning (arXiv 2305.10924), tables 1 and 2"
+_TEXT = {"context_dim": 768, "context_tokens": 77}
+
+PAPER_MODELS = {
+    "uvit-s2-cifar10": PaperModel(uvit.UViTModel, _uvit(32, 2, 3, 512, 12, 8), 44, 12.20, 3.11, _UVIT_README),
+    "uvit-s4-celeba64": PaperModel(uvit.UViTModel, _uvit(64, 4, 3, 512, 12, 8), 44, 12.21, 2.87, _UVIT_README),
+    "uvit-m4-imagenet64": PaperModel(uvit.UViTModel, _uvit(64, 4, 3, 768, 16, 12, 1001), 131, 35.24, 5.85, _UVIT_README),
+    "uvit-l4-imagenet64": PaperModel(uvit.UViTModel, _uvit(64, 4, 3, 1024, 20, 16, 1001), 287, 76.47, 4.26, _UVIT_README),
+    "uvit-l2-imagenet256": PaperModel(uvit.UViTModel, _uvit(32, 2, 4, 1024, 20, 16, 1001), 287, 77, 3.40, _UVIT_README),
+    "uvit-h2-imagenet256": PaperModel(
+        uvit.UViTModel, _uvit(32, 2, 4, 1152, 28, 16, 1001, conv=False), 501, 133, 2.29, _UVIT_README
+    ),
+    "uvit-l4-imagenet512": PaperModel(uvit.UViTModel, _uvit(64, 4, 4, 1024, 20, 16, 1001), 287, 76.48, 4.67, _UVIT_README),
+    "uvit-h4-imagenet512": PaperModel(
+        uvit.UViTModel, _uvit(64, 4, 4, 1152, 28, 16, 1001, conv=False), 501, 133.23, 4.05, _UVIT_README
+    ),
+    "uvit-s2-coco": PaperModel(uvit.UViTModel, _uvit(32, 2, 4, 512, 12, 8, **_TEXT), 45, 16.23, 5.95, _UVIT_README),
+    "uvit-s2-deep-coco": PaperModel(uvit.UViTModel, _uvit(32, 2, 4, 512, 16, 8, **_TEXT), 58, 21.24, 5.48, _UVIT_README),
+    "ddpm-cifar10": PaperModel(diffusers.UNet2DModel, _ddpm(32, (1, 2, 2, 2), 1), 35.7, 6.1, 4.19, _DP_TABLE),
+    "ddpm-celeba64": PaperModel(diffusers.UNet2DModel, _ddpm(64, (1, 2, 2, 2, 4), 2), 78.7, 23.9, 6.48, _DP_TABLE),
+    "ddpm-lsun256-church": PaperModel(diffusers.UNet2DModel, _ddpm(256, (1, 1, 2, 2, 4, 4), 4), 113.7, 248.7, 10.6, _DP_TABLE),
+    "ddpm-lsun256-bedroom": PaperModel(diffusers.UNet2DModel, _ddpm(256, (1, 1, 2, 2, 4, 4), 4), 113.7, 248.7, 6.9, _DP_TABLE),
+    "ddpm-cifar10-sparsedm": PaperModel(diffusers.UNet2DModel, _SPARSEDM_UNET, 92.7, 4.99, None, "SparseDM code (counted)"),
+}
+
+_CLASSES = {"UViTModel": uvit.UViTModel, "GlyphClassifier": classifier.GlyphClassifier}
+
+
+def bundled() -> tuple[str, ...]:
+    """Names of the checkpoints that ship with the package."""
+    return tuple(sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG}")))
+
+
+def build(name: str) -> ModelMixin:
+    """A paper's model with fresh random weights. Raises ValueError for a name that is not in `PAPER_MODELS`."""
+    if name not in PAPER_MODELS:
+        raise ValueError(f"unknown paper model {name!r}; known: {', '.join(PAPER_MODELS)}")
+    model = PAPER_MODELS[name].cls(**PAPER_MODELS[name].config)
+    return model.eval()
+
+
+def load(name_or_folder: str | Path) -> ModelMixin:
+    """A bundled model by name, or a model folder (config.json and a safetensors file), in float32 and eval mode.
+
+    If the folder has a scheduler config, the model carries it as `noise_schedule`, which sampling and training then use.
+
+    Raises:
+        ValueError: unknown name, or a config or weights file that is truncated, renamed or of another shape (named).
+        FileNotFoundError: the folder has no config or no weights.
+    """
+    folder = ASSETS / str(name_or_folder)
+    if not (folder / CONFIG).exists():
+        folder = Path(name_or_folder)
+    if not folder.is_dir():
+        raise ValueError(f"unknown model {str(name_or_folder)!r}; bundled: {', '.join(bundled())}; or give a folder")
+    if (folder / "unet" / CONFIG).exists():  # a pipeline
+        folder = folder / "unet"
+    config = _read_json(folder / CONFIG)
+    model = _class_of(config, folder).from_config(config)
+    _load_weights(model, folder / WEIGHTS)
+    schedule = next((p for p in (folder / SCHEDULE, folder.parent / "scheduler" / SCHEDULE) if p.exists()), None)
+    if schedule:
+        model.noise_schedule = _read_json(schedule)
+    return model.eval()
+
+
+def save(model: ModelMixin, folder: str | Path, dtype: torch.dtype = torch.float16, card: str | None = None) -> None:
+    """Write `load`'s folder, whole or not at all: config, weights as `dtype`, noise schedule, and `card` as README.md."""
+    with replacing_folder(folder) as temporary:
+        model.save_config(temporary)
+        weights = {k: v.detach().to(dtype).contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        if hasattr(model, "noise_schedule"):
+            (temporary / SCHEDULE).write_text(json.dumps(model.noise_schedule, indent=2) + "\n")
+        if card:
+            (temporary / "README.md").write_text(card)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; a model folder holds {CONFIG} and {WEIGHTS}")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def _class_of(config: Mapping, folder: Path) -> type[ModelMixin]:
+    name = config.get("_class_name", "")
+    cls = _CLASSES.get(name) or getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
+        raise ValueError(f"{folder / CONFIG} names the class {name!r}, which is neither this package's nor a diffusers model")
+    return cls
+
+
+def _load_weights(model: ModelMixin, path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; a model folder holds {CONFIG} and {WEIGHTS}")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or save it again") from error
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {type(model).__name__} as {CONFIG} describes it: {error}") from error

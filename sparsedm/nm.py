@@ -1,0 +1,132 @@
+"""N:M sparsity of tensors: patterns, magnitude masks, verification.
+
+Groups are M consecutive input features of a linear weight [out, in], or M consecutive input channels at a fixed kernel
+position of a convolution weight [out, in, ...] (SparseDM 3.1, arXiv 2404.10445; the layout that sparse hardware reads).
+Both are runs along axis 1.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+MAX_M = 64
+_PAIRWISE_MAX_M = 32  # up to here comparing pairs is faster than selecting (python -m sparsedm bench --what masks)
+
+
+@dataclass(frozen=True)
+class NMPattern:
+    """Keep `n` of every `m` consecutive weights. `NMPattern.parse("2:4")`; `str` gives it back."""
+
+    n: int
+    m: int
+
+    def __post_init__(self):
+        if not 1 <= self.n <= self.m <= MAX_M:
+            raise ValueError(f"pattern {self.n}:{self.m} is not N:M with 1 <= N <= M <= {MAX_M}, such as 2:4")
+
+    @classmethod
+    def parse(cls, text: "str | NMPattern") -> "NMPattern":
+        """Read "N:M". Raises ValueError for anything else than two whole numbers with 1 <= N <= M <= 64."""
+        if isinstance(text, NMPattern):
+            return text
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text) if isinstance(text, str) else None
+        if not match:
+            raise ValueError(f"pattern {text!r} is not N:M with 1 <= N <= M <= {MAX_M}, such as '2:4'")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that is kept, N / M."""
+        return self.n / self.m
+
+
+def _grouped(weight: torch.Tensor, m: int) -> torch.Tensor:
+    """View [out, in, ...] as [out, in / m, m, rest]. Raises ValueError when `in` is not a multiple of m."""
+    if weight.dim() < 2:
+        raise ValueError(f"an N:M weight has at least two axes (out, in), this one has shape {tuple(weight.shape)}")
+    if weight.shape[1] % m:
+        raise ValueError(f"axis 1 of shape {tuple(weight.shape)} has {weight.shape[1]} entries, not a multiple of {m}")
+    return weight.reshape(weight.shape[0], weight.shape[1] // m, m, -1)
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def mask(weight: torch.Tensor, pattern: NMPattern | str) -> torch.Tensor:
+    """The magnitude mask of `weight` [out, in, ...]: True for the N largest |w| of every group, exactly N of them.
+
+    Ties go to the lowest index, on every device. Magnitudes are compared as the integers of their bits, a total order that
+    agrees with |w| and puts NaN on top.
+
+    Raises:
+        ValueError: the weight has no axis 1, or its length is not a multiple of M.
+    """
+    pattern = NMPattern.parse(pattern)
+    groups = _grouped(weight.detach(), pattern.m)
+    if pattern.n == pattern.m:
+        return torch.ones_like(weight, dtype=torch.bool)
+    keep = (_keep_by_pairs if pattern.m <= _PAIRWISE_MAX_M else _keep_by_selection)(_magnitude(groups), pattern.n)
+    return keep.movedim(0, 2).reshape(weight.shape)
+
+
+def _magnitude(groups: torch.Tensor) -> torch.Tensor:
+    """Orderable integers of |w|, one contiguous slice per position in the group: [m, out, in / m, rest]."""
+    return groups.abs().view(_BITS[groups.element_size()]).movedim(2, 0).contiguous()
+
+
+def _keep_by_pairs(magnitude: torch.Tensor, n: int) -> torch.Tensor:
+    """Count for each entry how many of its group beat it; keep those beaten by fewer than n. No sorting."""
+    beaten = torch.zeros_like(magnitude, dtype=torch.int8)
+    for i in range(len(magnitude) - 1):
+        later_wins = magnitude[i + 1 :] > magnitude[i]  # the earlier one wins ties
+        beaten[i] += later_wins.sum(0, dtype=torch.int8)
+        beaten[i + 1 :] += ~later_wins
+    return beaten < n
+
+
+def _keep_by_selection(magnitude: torch.Tensor, n: int) -> torch.Tensor:
+    """Keep entries whose unique key (magnitude, then lower index) is at least the n-th largest of the group."""
+    m = len(magnitude)
+    if magnitude.element_size() == 8:  # float64: no room for the index beside the magnitude
+        return _keep_by_sorting(magnitude, n)
+    index = torch.arange(m - 1, -1, -1, device=magnitude.device).view(m, *[1] * (magnitude.dim() - 1))
+    key = magnitude.long() * m + index
+    return key >= key.kthvalue(m - n + 1, dim=0, keepdim=True).values
+
+
+def _keep_by_sorting(magnitude: torch.Tensor, n: int) -> torch.Tensor:
+    order = magnitude.argsort(dim=0, descending=True, stable=True)
+    return torch.zeros_like(magnitude, dtype=torch.bool).scatter_(0, order[:n], True)
+
+
+def ways(weight: torch.Tensor, pattern: NMPattern) -> dict[str, Callable[[], torch.Tensor]]:
+    """The ways to find a mask, for benchmarks and tests: each a function of nothing, all with the same result."""
+    found = {"pairs": _keep_by_pairs, "selection": _keep_by_selection, "sorting": _keep_by_sorting}
+    return {name: lambda way=way: way(_magnitude(_grouped(weight, pattern.m)), pattern.n) for name, way in found.items()}
+
+
+def verify(weight: torch.Tensor, pattern: NMPattern | str) -> int:
+    """How many groups of `weight` hold more than N nonzeros (0: the weight is N:M sparse)."""
+    pattern = NMPattern.parse(pattern)
+    return int(((_grouped(weight.detach(), pattern.m) != 0).sum(2) > pattern.n).sum())
+
+
+def detect(weight: torch.Tensor, max_m: int = 32) -> NMPattern | None:
+    """The sparsest N:M (M a power of two up to `max_m`, the smallest M among equals) that `weight` satisfies, or None.
+
+    A weight that is zero throughout counts as dense: it has not been masked, it has not been trained.
+    """
+    if weight.dim() < 2 or weight.is_meta or not weight.any():
+        return None
+    best, m = None, 2
+    while m <= max_m and weight.shape[1] % m == 0:
+        n = int((_grouped(weight.detach(), m) != 0).sum(2).max())
+        if n < m and (best is None or n / m < best.density):
+            best = NMPattern(n, m)
+        m *= 2
+    return best

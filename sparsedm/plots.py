@@ -1,0 +1,85 @@
+"""Every picture and figure that notebooks, app and README show."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor
+
+INK, SPARSE_INK, PAPER = "#1f3a93", "#b4491f", "#fdfaf3"
+
+
+def picture(
+    images: torch.Tensor, *, scale: int = 8, columns: int | None = None, gap: int = 1, ink: str = INK, paper: str = PAPER
+) -> Image.Image:
+    """Pictures [n, C, H, W] in [-1, 1] side by side, enlarged with nearest neighbour; one channel is ink on paper.
+
+    Args:
+        columns: pictures per row; all in one row by default.
+        gap: pixels between pictures, before enlarging.
+    """
+    pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()  # [n, H, W, C]
+    pen, ground = (np.array(ImageColor.getrgb(c)) / 255 for c in (ink, paper))
+    if pixels.shape[-1] == 1:
+        pixels = pixels * pen + (1 - pixels) * ground
+    n, height, width, _ = pixels.shape
+    columns = columns or n
+    rows = -(-n // columns)
+    canvas = np.broadcast_to(ground, (rows * (height + gap) + gap, columns * (width + gap) + gap, 3)).copy()
+    for i, tile in enumerate(pixels):
+        y, x = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        canvas[y : y + height, x : x + width] = tile
+    image = Image.fromarray((canvas * 255).round().astype(np.uint8))
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def word_card(images: torch.Tensor, *, size: tuple[int, int] = (1200, 280), ink: str = INK, paper: str = PAPER) -> Image.Image:
+    """A word's pictures [n, C, H, W] in [-1, 1] centred on paper of a fixed `size` in pixels, as large as a whole scale allows.
+
+    Of one or two rows the one is chosen that gives the larger letters. Words of any length give pictures of one size.
+    """
+    n, _, height, width = images.shape
+
+    def scale(columns: int) -> int:
+        return min(size[0] // (columns * (width + 1) + 1), size[1] // (-(-n // columns) * (height + 1) + 1))
+
+    columns = max((n, -(-n // 2)), key=scale)
+    if scale(columns) < 1:
+        raise ValueError(f"{n} pictures of {width}x{height} do not fit into {size[0]}x{size[1]} pixels")
+    word = picture(images, scale=scale(columns), columns=columns, ink=ink, paper=paper)
+    card = Image.new("RGB", size, paper)
+    card.paste(word, ((size[0] - word.width) // 2, (size[1] - word.height) // 2))
+    return card
+
+
+def curves(logs: Mapping[str, Sequence[float]], *, xlabel: str = "step", ylabel: str = "loss", smooth: int = 1):
+    """A matplotlib figure of one line per name; `smooth` is the length of a moving average."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+    for name, values in logs.items():
+        line = np.asarray(values, dtype=float)
+        if smooth > 1 and len(line) >= smooth:
+            line = np.convolve(line, np.ones(smooth) / smooth, mode="valid")
+        axes.plot(np.arange(len(values) - len(line), len(values)) + 1, line, label=name, linewidth=1.5)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)  # else a notebook shows it twice
+    return figure
+
+
+def rows(pictures: Mapping[str, torch.Tensor], *, ink: str = INK):
+    """A matplotlib figure with one labelled row of pictures [n, C, H, W] per name, for comparing models on the same noise."""
+    import matplotlib.pyplot as plt
+
+    count, (n, _, height, width) = len(pictures), next(iter(pictures.values())).shape
+    size = (1.6 + 0.42 * n, 0.5 * count * height / width)
+    figure, axes = plt.subplots(count, 1, figsize=size, layout="constrained", squeeze=False)
+    for ax, (name, images) in zip(axes[:, 0], pictures.items(), strict=True):
+        ax.imshow(picture(images, scale=4, ink=ink), interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+        ax.set_ylabel(name, rotation=0, ha="right", va="center")
+        ax.spines[:].set_visible(False)
+    plt.close(figure)
+    return figure

@@ -1,0 +1,91 @@
+"""What became of each layer: a table for people."""
+
+import html
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import macs as macs_module
+from . import nm
+from .layers import NMConv2d, NMLinear, weight_layers
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer: its state is "sparse-training", "folded" or "dense"; `note` says why a layer is dense.
+
+    `mac_share` is the layer's share (0 to 1) of the model's dense MACs; None if they could not be counted.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str
+    state: str
+    mac_share: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows of all linear and 2-D convolution layers; prints as a table, in notebooks as HTML."""
+
+    rows: tuple[LayerRow, ...]
+    dense_macs: int | None
+    sparse_macs: int | None
+
+    _HEAD = ("layer", "shape", "pattern", "state", "MACs", "note")
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
+            (r.name, "x".join(map(str, r.shape)), r.pattern, r.state, "" if r.mac_share is None else f"{r.mac_share:.1%}", r.note)
+            for r in self.rows
+        ]
+
+    def summary(self) -> str:
+        """One line: how many layers are sparse, and the MACs with and without."""
+        sparse = sum(row.state != "dense" for row in self.rows)
+        text = f"{sparse} of {len(self.rows)} layers are N:M sparse"
+        if self.dense_macs:
+            saved = 1 - self.sparse_macs / self.dense_macs
+            text += f"; {self.dense_macs / 1e6:,.1f} M MACs dense, {self.sparse_macs / 1e6:,.1f} M sparse ({saved:.1%} fewer)"
+        return text
+
+    def __str__(self) -> str:
+        table = [self._HEAD, *self._cells()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(self._HEAD))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        return "\n".join([*lines, self.summary()])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{cell}</th>" for cell in self._HEAD)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self._cells())
+        return f"<table><tr>{head}</tr>{body}</table><p>{self.summary()}</p>"
+
+
+def report(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> Report:
+    """The state of every linear and 2-D convolution layer of `model`.
+
+    Folded layers are found by their weights, which are verified to be N:M. `inputs` are those of one call with batch size
+    1, needed for MACs of models whose config does not tell them.
+    """
+    counts = None
+    try:
+        counts = macs_module.count(model, inputs)
+    except ValueError:
+        if inputs is not None:
+            raise
+    patterns = macs_module.patterns(model)
+    rows = tuple(_row(name, module, patterns.get(name), counts) for name, module in weight_layers(model))
+    return Report(rows, counts and counts.dense, counts and counts.sparse)
+
+
+def _row(name: str, module: nn.Module, pattern: nm.NMPattern | None, counts: macs_module.Macs | None) -> LayerRow:
+    training = isinstance(module, (NMLinear, NMConv2d))
+    state = "sparse-training" if training else "folded" if pattern else "dense"
+    share = None
+    if counts:
+        layer = counts.by_name.get(name)
+        share = layer.dense / counts.dense if layer else 0.0
+    note = getattr(module, "dense_reason", "") if state == "dense" else ""
+    return LayerRow(name, tuple(module.weight.shape), str(pattern or ""), state, share, note)

@@ -1,0 +1,67 @@
+"""Small seeded models and a set of glyphs for all tests; no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+import sparsedm  # noqa: F401  (repairs torchvision before diffusers is imported)
+from sparsedm import data
+from sparsedm.models.uvit import UViTModel
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def _uvit(**changes):
+    torch.manual_seed(0)
+    config = {"sample_size": 8, "in_channels": 1, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5, **changes}
+    return UViTModel(**config)
+
+
+def _unet(**changes):
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    config = {
+        "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4, "attention_head_dim": 8, "num_class_embeds": 5, **changes,
+    }  # fmt: skip
+    return UNet2DModel(**config)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test draws the same numbers, alone or with others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """`make_model("uvit" or "unet", **config changes)`: a tiny class-conditional model, the same weights every time."""
+    return lambda kind, **changes: {"uvit": _uvit, "unet": _unet}[kind](**changes)
+
+
+@pytest.fixture(params=["uvit", "unet"])
+def model(request, make_model):
+    """Both tiny models in turn, 8x8, one channel, classes 0..3 and 4 for none."""
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def call():
+    """`call(model)`: its output for fixed inputs."""
+
+    def run(model):
+        noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        return model(noise, torch.tensor([3, 700]), class_labels=torch.tensor([0, 4])).sample
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def glyphs():
+    """4,096 real test glyphs [n, 1, 16, 16] in [-1, 1] and their labels."""
+    return data.stack(data.load("glyphs", split="test", n=4096))

@@ -1,0 +1,55 @@
+"""The command line, run as a user runs it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from sparsedm import bench
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "sparsedm", *arguments], capture_output=True, text=True)
+
+
+def test_info_shows_layers_patterns_and_macs():
+    output = run("info", "glyphs-uvit-2x4").stdout
+    assert re.search(r"mid_block\.mlp\.fc1 +512x128 +2:4 +folded", output)
+    assert "31 of 34 layers are N:M sparse" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("info", "nothing"), "error: unknown model 'nothing'; bundled: glyph-classifier, glyphs-"),
+        (("reproduce", "nothing"), "error: unknown recipe 'nothing'; known: glyph-classifier"),
+        (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: train-step"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_1(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+
+
+def test_reproduce_lists_recipes():
+    assert "glyphs-unet-2x4" in run("reproduce", "list").stdout.split()
+
+
+def test_every_command_has_help_with_an_example():
+    commands = re.findall(r"│ (\w+) ", run("--help").stdout)
+    assert {"reproduce", "info", "bench", "compare"} <= set(commands)
+    assert all("python -m sparsedm" in run(command, "--help").stdout for command in commands if command != "Options")
+
+
+def test_train_step_benchmark_reports_a_ratio():
+    result = json.loads(json.dumps(bench.train_step(models=("glyphs-unet",), rounds=2)))
+    measured = result["glyphs-unet"]
+    assert measured["sparse_over_dense"] > 0.5 and measured["dense_ms"] > 0
+
+
+def test_mask_benchmark_covers_every_way():
+    table = bench.masks(shapes=((64, 64),), rounds=2)
+    assert set(table["64x64 2:4"]) == {"pairs", "selection", "sorting"}

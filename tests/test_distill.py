@@ -1,0 +1,223 @@
+"""Training: what the loss is, that it learns, and that a killed run ends where an unbroken one does."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparsedm import data, diffusion, distill, layers
+from sparsedm.models.uvit import UViTModel
+
+STEPS = {"steps": 6, "batch_size": 8, "lr": 1e-3, "warmup": 2, "checkpoint_every": 2}
+
+
+def tiny(dropout: bool = False) -> UViTModel:
+    torch.manual_seed(3)
+    model = UViTModel(sample_size=8, in_channels=1, embed_dim=16, depth=2, num_heads=2, num_classes=11)
+    if dropout:
+        model.mid_block.mlp.act = nn.Sequential(nn.GELU(), nn.Dropout(0.5))
+    return model
+
+
+def run(model, **options):
+    return list(distill.train(model, "digits", **{**STEPS, **options}))
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", distill.OPTIMIZERS)
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path, stop, optimizer):
+    whole, broken = tiny(dropout=True), tiny(dropout=True)
+    run(whole, optimizer=optimizer)
+    states = distill.train(broken, "digits", out=tmp_path, optimizer=optimizer, **STEPS)
+    for _ in range(stop):
+        next(states)
+    states.close()
+    resumed = tiny(dropout=True)
+    run(resumed, out=tmp_path, optimizer=optimizer)
+    assert equal(whole, resumed)
+
+
+def test_sparse_schedule_resumes_exactly(tmp_path):
+    options = {"pattern_schedule": ((0, "7:8"), (3, "2:4")), "teacher_weight": 0.5}
+    teacher = tiny()
+    whole, broken, resumed = (layers.sparsify(tiny(), "2:4") for _ in range(3))
+    list(distill.finetune(whole, teacher, "digits", **STEPS, **options))
+    states = distill.finetune(broken, teacher, "digits", out=tmp_path, **STEPS, **options)
+    patterns = [str(next(layers.nm_layers(state.model))[1].pattern) for state, _ in zip(states, range(5))]
+    assert patterns == ["7:8", "7:8", "7:8", "2:4", "2:4"]
+    list(distill.finetune(resumed, teacher, "digits", out=tmp_path, **STEPS, **options))
+    assert equal(whole, resumed)
+    assert str(next(layers.nm_layers(resumed))[1].pattern) == "2:4"
+
+
+_SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from test_distill import tiny, STEPS
+from sparsedm import distill
+model = tiny()
+for state in distill.train(model, "digits", out=sys.argv[1], **{{**STEPS, "steps": 40, "checkpoint_every": 1}}):
+    print(state.step, flush=True)
+torch.save(model.state_dict(), sys.argv[1] + "/final.pt")
+"""
+
+
+def test_run_killed_by_signal_9_resumes_to_the_same_weights(tmp_path):
+    script = _SCRIPT.format(tests=os.path.dirname(__file__))
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if int(line) >= 7:
+            break
+    time.sleep(0.03)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "final.pt").exists()
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, stdout=subprocess.DEVNULL)
+    whole = tiny()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(whole, steps=40)
+    torch.set_num_threads(threads)
+    final = torch.load(tmp_path / "final.pt")
+    assert all(torch.equal(value, final[name]) for name, value in whole.state_dict().items())
+
+
+def test_loss_is_noise_error_plus_weighted_teacher_error():
+    student, teacher = layers.sparsify(tiny(), "2:4"), tiny()
+    nn.init.normal_(teacher.decoder_pred.weight)
+    before = copy.deepcopy(student).train()
+    state = next(distill.finetune(student, teacher, "digits", noise_weight=2.0, teacher_weight=0.3, p_uncond=0.0, **STEPS))
+    scheduler = diffusion.make_scheduler("ddpm")
+    indices = next(iter(data.StepSampler(len(data.Digits()), 8, 0, 0, 1)))
+    images, labels = (torch.stack([torch.as_tensor(data.Digits()[i][k]) for i in indices]) for k in (0, 1))
+    torch.manual_seed(0)  # step 0 of seed 0
+    torch.rand(8)
+    t, noise = torch.randint(1000, (8,)), torch.randn(images.shape)
+    noisy = scheduler.add_noise(images, noise, t)
+    out, wanted = before(noisy, t, labels).sample, teacher(noisy, t, labels).sample
+    assert state.terms["noise"] == pytest.approx(F.mse_loss(out, noise).item(), rel=1e-5)
+    assert state.terms["teacher"] == pytest.approx(F.mse_loss(out, wanted).item(), rel=1e-5)
+    assert state.loss == pytest.approx(2 * state.terms["noise"] + 0.3 * state.terms["teacher"], rel=1e-5)
+    assert not any(p.grad is not None for p in teacher.parameters())
+    assert not teacher.training
+
+
+def test_velocity_models_are_trained_on_velocity():
+    model = tiny()
+    model.noise_schedule = {"prediction_type": "v_prediction"}
+    noise_loss, velocity_loss = run(tiny(), steps=1)[0].loss, run(model, steps=1)[0].loss
+    assert noise_loss != pytest.approx(velocity_loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", distill.OPTIMIZERS)
+def test_training_learns(optimizer):
+    losses = [s.loss for s in run(tiny(), steps=150, batch_size=32, lr=3e-3, optimizer=optimizer)]
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+
+
+def test_model_holds_the_ema_weights_at_the_end_and_the_raw_ones_before():
+    model = tiny()
+    states = distill.train(model, "digits", **{**STEPS, "ema_decay": 0.9})
+    last = None
+    for last in states:
+        if last.step == STEPS["steps"]:
+            averaged = last.ema_model()
+            assert not equal(averaged, model)
+    assert equal(averaged, model)
+    assert not model.training
+
+
+def test_decoupled_decay_shrinks_the_pruned_weights():
+    frozen = {"lr": 0.1, "warmup": 0, "noise_weight": 0.0, "teacher_weight": 0.0, "clip": 0}
+    model = layers.sparsify(tiny(), "2:4", decay=0.5, decay_mode="decoupled")
+    before, mask = model.mid_block.attn.proj.weight.detach().clone(), model.mid_block.attn.proj.mask()
+    next(distill.finetune(model, None, "digits", **{**STEPS, **frozen}))
+    expected = torch.where(mask, before, before * (1 - 0.1 * 0.5))
+    torch.testing.assert_close(model.mid_block.attn.proj.weight.detach(), expected)
+
+
+def test_global_random_state_is_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(tiny_with_state_kept(), steps=2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def tiny_with_state_kept() -> UViTModel:
+    with torch.random.fork_rng():
+        return tiny()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"optimizer": "sgdm"}, "unknown optimizer 'sgdm'; known: adamw, muon"),
+        ({"pattern_schedule": ((5, "2:4"), (0, "7:8"))}, "must increase"),
+        ({"batch_size": 4000}, "larger than the data set"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny(), **options)
+
+
+def test_unknown_data_set_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown data set 'glyfs'; known: glyphs"):
+        next(distill.train(tiny(), "glyfs", **STEPS))
+
+
+def test_checkpoint_of_other_settings_is_refused(tmp_path):
+    run(tiny(), out=tmp_path)
+    with pytest.raises(ValueError, match="lr 0.001 instead of 0.5"):
+        run(tiny(), out=tmp_path, lr=0.5)
+
+
+def test_damaged_checkpoint_is_refused_by_name(tmp_path):
+    run(tiny(), out=tmp_path)
+    path = tmp_path / distill.CHECKPOINT
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="checkpoint.pt is not a readable checkpoint"):
+        run(tiny(), out=tmp_path)
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    model = tiny()
+    states = distill.train(model, "digits", out=tmp_path, **STEPS)
+    next(states), next(states)
+    kept = (tmp_path / distill.CHECKPOINT).read_bytes()
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="at step 3"):
+        next(states)
+    assert (tmp_path / distill.CHECKPOINT).read_bytes() == kept
+
+
+def test_full_disk_while_saving_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    states = distill.train(tiny(), "digits", out=tmp_path, **STEPS)
+    next(states), next(states)
+    kept = (tmp_path / distill.CHECKPOINT).read_bytes()
+
+    def full(content, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    next(states)
+    with pytest.raises(OSError, match="what was there is untouched"):
+        next(states)
+    assert (tmp_path / distill.CHECKPOINT).read_bytes() == kept
+    assert [p.name for p in tmp_path.iterdir()] == [distill.CHECKPOINT]

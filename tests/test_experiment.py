@@ -1,0 +1,93 @@
+"""A recipe from end to end at a tiny size: train, resume, save, sample, score, results and card."""
+
+import json
+
+import pytest
+import torch
+
+from sparsedm import data, experiment, recipes
+from sparsedm.models import zoo
+from sparsedm.models.uvit import UViTModel
+
+TINY = {"sample_size": 16, "in_channels": 1, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 37}
+TRAIN = {"steps": 6, "batch_size": 8, "lr": 1e-3, "checkpoint_every": 2}
+PROTOCOL = recipes.Protocol(n=2048, steps=2)
+
+
+@pytest.fixture
+def tiny_recipes(monkeypatch, tmp_path):
+    monkeypatch.setitem(recipes.RECIPES, "teacher", recipes.Recipe("Tiny teacher", model=(UViTModel, TINY), train=TRAIN))
+    monkeypatch.setitem(recipes.RECIPES, "student", recipes.Recipe("Tiny student", "teacher", None, "2:4", True, TRAIN))
+    monkeypatch.setattr(experiment.data, "load", lambda name, **options: data.Glyphs(**{"n": 72, **options}))
+    monkeypatch.setattr(zoo, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(experiment, "RESULTS", tmp_path / "assets" / "results")
+    return tmp_path / "runs"
+
+
+def test_teacher_and_student_end_to_end(tiny_recipes, monkeypatch):
+    monkeypatch.setattr(experiment.metrics, "glyph_classifier", _untrained_classifier)
+    list(experiment.reproduce("teacher", tiny_recipes, PROTOCOL))
+    stages = [state.stage for state in experiment.reproduce("student", tiny_recipes, PROTOCOL, bundle=True)]
+    assert stages[0] == "train" and stages[-1] == "done" and "sample the base" not in stages
+    result = json.loads((tiny_recipes / "student" / "results.json").read_text())
+    assert result["macs"]["sparse"] < result["macs"]["dense"] == result["macs"]["executed"]
+    assert result["train_images"] == 48 and result["train_seconds"] >= 0
+    assert set(result["scores"]) == {"fd_glyph", "kd_glyph", "precision", "recall", "n", "readability", "ssim_to_base"}
+    assert "Tiny student" in (zoo.ASSETS / "student" / "README.md").read_text()
+    assert torch.equal(
+        zoo.load(zoo.ASSETS / "student").mid_block.mlp.fc1.weight,
+        zoo.load(tiny_recipes / "student/model").mid_block.mlp.fc1.weight,
+    )
+    again = [state.stage for state in experiment.reproduce("student", tiny_recipes, PROTOCOL)]
+    assert again == ["score", "done"]
+
+
+def _untrained_classifier():
+    from sparsedm.models.classifier import GlyphClassifier
+
+    torch.manual_seed(0)
+    return GlyphClassifier().eval()
+
+
+def test_interrupted_training_and_sampling_go_on(tiny_recipes, monkeypatch):
+    monkeypatch.setattr(experiment.metrics, "glyph_classifier", _untrained_classifier)
+    monkeypatch.setattr(experiment, "_logged", lambda states, path, log=experiment._logged: log(states, path, every=1))
+    whole, broken = tiny_recipes / "whole", tiny_recipes / "broken"
+    list(experiment.reproduce("teacher", whole, PROTOCOL))
+    for stage, stops in (("train", 3), ("sample", 3)):
+        states = experiment.reproduce("teacher", broken, PROTOCOL)
+        seen = 0
+        for state in states:
+            seen += state.stage == stage
+            if seen == stops:
+                states.close()
+                break
+    list(experiment.reproduce("teacher", broken, PROTOCOL))
+    logs = [[json.loads(line)["step"] for line in (f / "teacher/log.jsonl").read_text().splitlines()] for f in (whole, broken)]
+    assert logs[0] == logs[1] == [1, 2, 3, 4, 5, 6]
+    results = [json.loads((f / "teacher/results.json").read_text())["scores"] for f in (whole, broken)]
+    assert results[0] == results[1]
+
+
+def test_folder_of_other_settings_is_refused(tiny_recipes):
+    next(experiment.reproduce("teacher", tiny_recipes, PROTOCOL))
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        next(experiment.reproduce("teacher", tiny_recipes, PROTOCOL, steps=7))
+
+
+def test_student_that_is_not_sparse_is_not_scored(tiny_recipes):
+    model = UViTModel(**TINY)
+    model.noise_schedule = recipes.NOISE_SCHEDULE
+    experiment._claim(tiny_recipes / "student", TRAIN)
+    zoo.save(model, tiny_recipes / "student" / "model")
+    with pytest.raises(ValueError, match=r"in_blocks\.0\.attn\.qkv is not 2:4"):
+        next(experiment.reproduce("student", tiny_recipes, PROTOCOL))
+
+
+def test_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown recipe 'glyphs-vit'; known: glyph-classifier, glyphs-uvit"):
+        next(experiment.reproduce("glyphs-vit"))
+
+
+def test_every_student_names_a_base_that_exists():
+    assert all(not r.base or r.base in recipes.RECIPES for r in recipes.RECIPES.values())

@@ -1,0 +1,389 @@
+"""The life of a layer: sparsify, the SR-STE gradient, densify, fold, save, report."""
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparsedm import layers, nm, report
+from sparsedm.diffusion import make_scheduler
+from sparsedm.layers import densify, fold, folded, mask_change, masks, nm_layers, set_pattern, sparsify, weight_layers
+from sparsedm.models import zoo
+
+KINDS = {
+    "linear": (lambda: nn.Linear(16, 5), F.linear, (3, 16)),
+    "conv": (lambda: nn.Conv2d(8, 5, 3), F.conv2d, (3, 8, 6, 6)),
+}
+
+
+def _differences(a, b):
+    """Keys of two state dicts (or models) whose tensors are not equal bit for bit."""
+    a, b = (x.state_dict() if isinstance(x, nn.Module) else x for x in (a, b))
+    return {k for k in a.keys() | b.keys() if k not in a or k not in b or not torch.equal(a[k], b[k])}
+
+
+def _snapshot(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def _step(model, call, optimizer=None):
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), 1e-2)
+    call(model).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# --- the SR-STE gradient ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:8"])
+@pytest.mark.parametrize("options, decay", [({}, 2e-4), *(({"decay": d}, d) for d in (0, 2e-4, 0.1))], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_is_upstream_plus_decay_times_pruned_weight(kind, options, decay, pattern):
+    torch.manual_seed(0)
+    make, function, shape = KINDS[kind]
+    layer = make().double()
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone().requires_grad_()
+    layer.weight.data[0] = weight[0] = 0.5  # ties: kept and pruned entries of equal size
+    sparsify(nn.Sequential(layer), pattern, **options)
+    mask = nm.mask(weight, pattern)
+    leaf = (weight * mask).requires_grad_()
+    x, y = (torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_() for _ in "xy")
+    out, expected = layer(x), function(y, leaf, bias)
+    assert torch.equal(out, expected)
+    out.pow(3).sum().backward()  # the upstream gradient depends on the forward
+    expected.pow(3).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, leaf.grad + decay * torch.where(mask, 0, weight), rtol=1e-12, atol=1e-12)
+    assert torch.equal(layer.bias.grad, bias.grad) and torch.equal(x.grad, y.grad)
+    assert leaf.grad[~mask].abs().max() > 0  # straight through to pruned entries
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoupled_decay_leaves_the_gradient_plain_and_shrinks_only_pruned_weights(kind):
+    make, _, shape = KINDS[kind]
+    plain = make()
+    decoupled = copy.deepcopy(plain)
+    sparsify(nn.Sequential(plain), decay=0)
+    model = sparsify(nn.Sequential(decoupled), decay=0.1, decay_mode="decoupled")
+    x = torch.randn(shape)
+    for layer in (plain, decoupled):
+        layer(x).square().sum().backward()
+    assert torch.equal(plain.weight.grad, decoupled.weight.grad)
+    before, mask = decoupled.weight.detach().clone(), decoupled.mask()
+    layers.decay_pruned(model, lr=0.5)
+    torch.testing.assert_close(decoupled.weight[~mask], before[~mask] * (1 - 0.5 * 0.1))
+    assert torch.equal(decoupled.weight[mask], before[mask])
+
+
+def test_decay_pruned_does_not_touch_layers_with_decay_in_the_gradient():
+    model = sparsify(nn.Sequential(nn.Linear(8, 8)), decay=0.1)
+    before = _snapshot(model)
+    layers.decay_pruned(model, lr=1.0)
+    assert not _differences(before, model)
+
+
+def test_mask_follows_the_weights_in_every_forward():
+    layer = nn.Linear(4, 1, bias=False)
+    sparsify(nn.Sequential(layer))
+    for row in ([4.0, 3, 2, 1], [1.0, 2, 3, 4]):
+        layer.weight.data[0] = torch.tensor(row)
+        assert layer(torch.ones(4)).item() == 7
+    assert layer.eval()(torch.ones(4)).item() == 7
+
+
+# --- sparsify, densify, fold ------------------------------------------------------------------------------------------
+
+
+def test_sparsify_keeps_parameters_keys_and_optimiser(model, call):
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    _step(model, call, optimizer)
+    parameters, before = dict(model.named_parameters()), _snapshot(model)
+    assert sparsify(model) is model
+    assert all(parameters[name] is p for name, p in model.named_parameters())
+    assert not _differences(before, model)
+    _step(model, call, optimizer)
+    name, layer = next(nm_layers(model))
+    assert not torch.equal(before[f"{name}.weight"], layer.weight)
+    assert optimizer.state[layer.weight]["step"] == 2
+    model.load_state_dict(before, strict=True)
+
+
+def test_forward_equals_a_dense_model_with_masked_weights(model, call):
+    by_hand = copy.deepcopy(model)
+    sparsify(model)
+    assert next(nm_layers(model), None)
+    for name, _ in nm_layers(model):
+        layer = by_hand.get_submodule(name)
+        layer.weight.data *= nm.mask(layer.weight, "2:4")
+    assert torch.equal(call(model), call(by_hand))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:2", "7:8"])
+def test_fold_keeps_outputs_bit_for_bit_and_weights_pass_verification(model, call, pattern):
+    sparsify(model, pattern)
+    _step(model, call)
+    names, expected, keys = [n for n, _ in nm_layers(model)], call(model), set(model.state_dict())
+    assert fold(model) is model
+    assert torch.equal(call(model), expected)
+    assert set(model.state_dict()) == keys and not any(True for _ in nm_layers(model))
+    for layer in map(model.get_submodule, names):
+        assert type(layer) in (nn.Linear, nn.Conv2d) and not hasattr(layer, "pattern")
+        assert nm.verify(layer.weight, pattern) == 0 and layer.weight.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (8, 32)], ids=["two groups", "one group"])
+def test_masked_weight_has_the_layout_of_a_folded_one(shape):
+    # BUG (package): with one group per row the mask, and so the masked weight, comes out transposed in memory (strides
+    # (1, out)); another matrix product runs and fold changes the last bits. Cure: end nm.mask with .contiguous().
+    model = sparsify(nn.Sequential(nn.Linear(*shape)), "4:8")
+    x = torch.randn(3, shape[0], generator=torch.Generator().manual_seed(0))
+    expected, stride = model(x), model[0].masked_weight().stride()
+    assert torch.equal(fold(model)(x), expected)
+    assert stride == model[0].weight.stride()
+
+
+def test_densify_restores_class_weights_and_outputs(model, call):
+    before, expected, classes = _snapshot(model), call(model), [type(m) for m in model.modules()]
+    sparsify(model)
+    assert not torch.equal(call(model), expected)
+    assert densify(model) is model
+    assert not _differences(before, model) and torch.equal(call(model), expected)
+    assert [type(m) for m in model.modules()] == classes and "save_pretrained" not in vars(model)
+
+
+def test_folded_is_a_copy(model, call):
+    sparsify(model)
+    before = _snapshot(model)
+    copied = folded(model)
+    assert not _differences(before, model) and next(nm_layers(model), None)
+    assert torch.equal(call(copied), call(model)) and not any(True for _ in nm_layers(copied))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("make", [lambda **o: nn.Linear(8, 4, **o), lambda **o: nn.Conv2d(8, 4, 1, **o)], ids=["linear", "conv"])
+def test_bias_stays_as_it_was(make, bias):
+    model = nn.Sequential(make(bias=bias))
+    before = model[0].bias
+    sparsify(model)
+    assert model[0].bias is before and (before is not None) == bias and ("0.bias" in model.state_dict()) == bias
+
+
+# --- which layers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs", [{"num_classes": 5}, {"num_classes": None}, {"num_classes": None, "context_dim": 16}], ids=str)
+def test_uvit_default_is_block_linears_and_skip_linear(make_model, inputs):
+    # BUG (package): with text, context_embed becomes sparse; papers.md 1.2 has it dense. Add it to DEFAULT_EXCLUDE.
+    model = sparsify(make_model("uvit", **inputs))
+    blocks = ["in_blocks.0", "in_blocks.1", "mid_block", "out_blocks.0", "out_blocks.1"]
+    expected = {f"{b}.{name}" for b in blocks for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    expected |= {f"out_blocks.{i}.skip_linear" for i in range(2)}
+    assert {name for name, _ in nm_layers(model)} == expected
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_unet_default_is_everything_but_the_first_and_last_convolution(make_model, channels):
+    model = sparsify(make_model("unet", in_channels=channels, out_channels=channels))
+    every = {n for n, m in model.named_modules() if hasattr(m, "weight") and m.weight.dim() in (2, 4) and "class_emb" not in n}
+    assert {name for name, _ in nm_layers(model)} == every - {"conv_in", "conv_out"}
+    assert model.conv_out.dense_reason == "excluded by rule conv_out"
+
+
+def test_include_exclude_and_overrides(make_model):
+    model = sparsify(
+        make_model("uvit"), "2:4", include=("in_blocks.*", "mid_block.*"), exclude=("*.qkv",),
+        overrides={"mid_block.mlp.*": "7:8", "*.fc1": "1:4"},
+    )  # fmt: skip
+    found = {name: str(layer.pattern) for name, layer in nm_layers(model)}
+    assert found == {
+        **{f"in_blocks.{i}.{n}": p for i in range(2) for n, p in (("attn.proj", "2:4"), ("mlp.fc1", "1:4"), ("mlp.fc2", "2:4"))},
+        "mid_block.attn.proj": "2:4", "mid_block.mlp.fc1": "7:8", "mid_block.mlp.fc2": "7:8",
+    }  # fmt: skip
+
+
+def test_every_dense_layer_carries_its_reason():
+    model = nn.ModuleDict({
+        "fits": nn.Linear(8, 8), "odd": nn.Linear(6, 4), "grouped": nn.Conv2d(8, 8, 3, groups=2), "barred": nn.Linear(8, 8),
+        "other": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2), "wide": nn.Linear(8, 8),
+    })  # fmt: skip
+    sparsify(model, include=["[!o]*", "odd"], exclude=["barred"], overrides={"wide": "8:16"})
+    assert [name for name, _ in nm_layers(model)] == ["fits"]
+    assert {name: layer.dense_reason for name, layer in weight_layers(model) if name != "fits"} == {
+        "odd": "6 inputs, not a multiple of 4",
+        "grouped": "grouped convolution (2 groups)",
+        "barred": "excluded by rule barred",
+        "other": "not included",
+        "attention.out_proj": "class NonDynamicallyQuantizableLinear is not plain Linear or Conv2d",
+        "wide": "8 inputs, not a multiple of 16",
+    }
+    assert {row.name: row.note for row in report.report(model).rows}["odd"] == "6 inputs, not a multiple of 4"
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"include": ["nothing.*"]}, "'nothing.*' matches no layer"),
+    ({"exclude": ["nothing"]}, "'nothing' matches no layer"),
+    ({"overrides": {"nothing": "2:4"}}, "'nothing' matches no layer"),
+    ({"overrides": {"mid_block.*": "5:4"}}, "5:4"),
+    ({"pattern": "2-4"}, "'2-4'"),
+    ({"pattern": "5:64"}, "takes 5:64.*16 inputs, not a multiple of 64"),
+    ({"decay": -1}, "decay"),
+    ({"decay_mode": "both"}, "'both' is none of gradient, decoupled"),
+])  # fmt: skip
+def test_bad_arguments_are_named_and_change_nothing(make_model, options, message):
+    model = make_model("uvit", mlp_ratio=2)  # 16 or 32 inputs
+    with pytest.raises(ValueError, match=message):
+        sparsify(model, **options)
+    assert not any(True for _ in nm_layers(model)) and "save_pretrained" not in vars(model)
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU()), nn.Sequential(nn.Linear(6, 4)), nn.Linear(3, 8)], ids=str)
+def test_a_model_in_which_nothing_fits_is_refused(model):
+    with pytest.raises(ValueError, match="no layer of (Sequential|Linear) takes 2:4"):
+        sparsify(model)
+
+
+def test_sparsify_again_obeys_the_new_rules():
+    # BUG (package): a sparse-training layer that the new call excludes, or that the new pattern does not fit, keeps its old
+    # pattern and gets a dense_reason all the same. It should become a plain layer again (or the call should refuse).
+    model = sparsify(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)), "2:4")
+    sparsify(model, "8:16", exclude=())
+    assert {name: str(layer.pattern) for name, layer in nm_layers(model)} == {"1": "8:16"}
+
+
+# --- patterns and masks -----------------------------------------------------------------------------------------------
+
+
+def test_set_pattern_changes_all_layers_or_none(make_model, call):
+    model = sparsify(make_model("uvit"), "2:4")
+    before = _snapshot(model)
+    set_pattern(model, "7:8")
+    assert {str(layer.pattern) for _, layer in nm_layers(model)} == {"7:8"} and not _differences(before, model)
+    model.mid_block.mlp.fc2.pattern = nm.NMPattern(1, 2)
+    with pytest.raises(ValueError, match="in_blocks.0.attn.qkv has 16 inputs, not a multiple of 64"):
+        set_pattern(model, "5:64")
+    assert {str(layer.pattern) for _, layer in nm_layers(model)} == {"7:8", "1:2"}
+
+
+def test_mask_change_is_the_share_of_masked_weights_that_flipped():
+    model = sparsify(nn.Sequential(nn.Linear(8, 1), nn.Linear(4, 2)))
+    model[0].weight.data[0] = torch.tensor([4.0, 3, 2, 1, 4, 3, 2, 1])
+    before = masks(model)
+    assert list(before) == ["0", "1"] and mask_change(before, masks(model)) == 0
+    model[0].weight.data[0, :4] = torch.tensor([4.0, 1, 2, 3])  # entries 1 and 3 change places
+    assert mask_change(before, masks(model)) == 2 / 16
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def _assert_folder_is_folded(model, loaded):
+    assert not _differences(loaded, folded(model))
+    assert all(type(layer) in (nn.Linear, nn.Conv2d) for _, layer in weight_layers(loaded))
+    assert all(nm.verify(loaded.get_submodule(name).weight, layer.pattern) == 0 for name, layer in nm_layers(model))
+
+
+def test_save_pretrained_of_a_training_model_writes_the_folded_weights(model, call, tmp_path):
+    before = _snapshot(sparsify(model))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    _assert_folder_is_folded(model, loaded)
+    assert torch.equal(call(loaded), call(model.eval()))
+    assert not _differences(before, model) and next(nm_layers(model), None)
+    _step(model, call)
+    assert _differences(before, model)
+
+
+def test_copy_of_a_sparse_model_saves_its_own_weights(model, call, tmp_path):
+    copied = copy.deepcopy(sparsify(model))
+    _step(copied, call)
+    copied.save_pretrained(tmp_path)
+    _assert_folder_is_folded(copied, type(model).from_pretrained(tmp_path))
+    assert _differences(folded(copied), folded(model))
+
+
+def test_save_pretrained_after_fold_and_densify_is_diffusers_own(model, tmp_path):
+    dense = _snapshot(model)
+    densify(sparsify(model)).save_pretrained(tmp_path / "dense")
+    assert not _differences(type(model).from_pretrained(tmp_path / "dense"), dense)
+    fold(sparsify(model)).save_pretrained(tmp_path / "folded")
+    assert not _differences(type(model).from_pretrained(tmp_path / "folded"), model)
+
+
+def test_saving_a_pipeline_with_a_training_model_writes_the_folded_weights(make_model, tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    model = sparsify(make_model("unet"))
+    DDPMPipeline(model, DDPMScheduler()).save_pretrained(tmp_path)
+    _assert_folder_is_folded(model, type(model).from_pretrained(tmp_path / "unet"))
+
+
+def test_zoo_save_of_a_training_model_is_folded_or_refused(model, tmp_path):
+    # BUG (package): zoo.save writes the dense master weights of a sparse-training model without a word.
+    sparsify(model)
+    try:
+        zoo.save(model, tmp_path / "out", dtype=torch.float32)
+    except ValueError:
+        return
+    _assert_folder_is_folded(model, zoo.load(tmp_path / "out"))
+
+
+def test_saving_an_inner_model_that_was_sparsified_through_its_wrapper_is_folded(make_model, tmp_path):
+    # BUG (package): sparsify(wrapper) rebinds save_pretrained of the wrapper only (it has none); the inner diffusers model
+    # then saves its dense master weights. Rebind it for every submodule that has one, and undo that in fold and densify.
+    inner = make_model("unet")
+    sparsify(nn.ModuleDict({"unet": inner}), exclude=["unet.conv_in", "unet.conv_out"])
+    inner.save_pretrained(tmp_path)
+    _assert_folder_is_folded(inner, type(inner).from_pretrained(tmp_path))
+
+
+def test_noise_schedule_survives_save_pretrained(tmp_path):
+    # BUG (package): the "five lines" fold(student).save_pretrained("out") lose the noise schedule and prediction type;
+    # load("out") then samples a v-prediction model as if it predicted noise.
+    model = fold(sparsify(zoo.load("glyphs-uvit")))
+    model.save_pretrained(tmp_path)
+    before, after = (make_scheduler("ddim", m) for m in (model, zoo.load(tmp_path)))
+    assert after.config.prediction_type == before.config.prediction_type == "v_prediction"
+    assert torch.equal(after.betas, before.betas)
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def test_report_tells_state_pattern_share_and_totals(make_model):
+    model = make_model("uvit")
+    dense = report.report(model)
+    assert {row.state for row in dense.rows} == {"dense"} and dense.sparse_macs == dense.dense_macs
+    for state in ("sparse-training", "folded"):
+        model = sparsify(model) if state == "sparse-training" else fold(model)
+        table = report.report(model)
+        assert [row.name for row in table.rows] == [name for name, _ in weight_layers(model)]
+        rows = {row.name: row for row in table.rows}
+        assert (rows["mid_block.attn.qkv"].state, rows["mid_block.attn.qkv"].pattern) == (state, "2:4")
+        assert rows["mid_block.attn.qkv"].shape == (48, 16)
+        assert rows["mid_block.attn.qkv"].mac_share == pytest.approx(18 * 16 * 48 / dense.dense_macs)  # 2 + 16 tokens
+        assert (rows["decoder_pred"].state, rows["decoder_pred"].pattern) == ("dense", "")
+        assert rows["decoder_pred"].note == "excluded by rule decoder_pred"
+        saved = sum(row.mac_share / 2 for row in table.rows if row.pattern)
+        assert table.sparse_macs == pytest.approx((1 - saved) * table.dense_macs)
+        lines = str(table).splitlines()
+        assert len(lines) == len(table.rows) + 2 and lines[-1].startswith(f"22 of {len(table.rows)} layers are N:M sparse")
+        assert re.search(rf"mid_block.attn.qkv +48x16 +2:4 +{state} +\d", str(table))
+        assert table._repr_html_().count("<tr>") == len(table.rows) + 1
+
+
+def test_report_of_a_model_that_tells_no_input_shape_has_no_macs_unless_inputs_are_given():
+    class Toy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model = sparsify(Toy())
+    assert report.report(model).rows[0].mac_share is None and report.report(model).dense_macs is None
+    table = report.report(model, {"x": torch.zeros(1, 8)})
+    assert (table.dense_macs, table.sparse_macs, table.rows[0].mac_share) == (32, 16, 1.0)
