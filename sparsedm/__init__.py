@@ -3,7 +3,7 @@
 teacher = sparsedm.load("glyphs-uvit")
 student = sparsedm.sparsify(copy.deepcopy(teacher), "2:4")
 for state in sparsedm.finetune(student, teacher, data="glyphs", steps=2000): ...
-sparsedm.fold(student).save_pretrained("out")
+sparsedm.save(sparsedm.fold(student), "out")
 """
 
 import importlib
@@ -26,6 +26,7 @@ _WHERE = {
     "sample": "diffusion",
     "generate": "diffusion",
     "load": "models.zoo",
+    "save": "models.zoo",
     "build": "models.zoo",
     "reproduce": "experiment",
 }

@@ -30,6 +30,15 @@ def _train_step_ratio(dense: nn.Module, rounds: int) -> dict:
     }
 
 
+def train_step_words(result: dict) -> str:
+    """The outcome of `train_step` in a sentence."""
+    parts = [f"{value['sparse_over_dense']:.2f} ({name})" for name, value in result.items() if isinstance(value, dict)]
+    return (
+        f"Masks cost little in training: a sparse step takes {' and '.join(parts)} times as long as a dense one"
+        f" (batch {result['batch_size']}, {result['threads']} threads, median of interleaved steps)."
+    )
+
+
 def _steps(model: nn.Module, dataset) -> Iterator[distill.TrainState]:
     return distill.train(model, dataset, steps=10_000, batch_size=BATCH, lr=1e-5)
 

@@ -217,7 +217,7 @@ def _torchvision_set(name: str, root: Path, split: str, size: int | None, downlo
         category = name.removeprefix("lsun-")
         inner = datasets.LSUN(str(root), classes=[f"{category}_{'train' if split == 'train' else 'val'}"])
         return _TorchVision(inner, size or 256)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ImportError) as error:
         hint = "pass download=True" if name in ("cifar10", "celeba") else "LSUN must be fetched by hand"
         raise FileNotFoundError(f"data set {name!r} was not found under {root}: {error}; {hint}") from error
 
@@ -251,7 +251,7 @@ def load(
     if not isinstance(name, str):
         return name
     if name in ("glyphs", "glyphs-rgb"):
-        return Glyphs(n or 40_000, size or 16, seed, split, rgb=name == "glyphs-rgb")
+        return Glyphs(40_000 if n is None else n, size or 16, seed, split, rgb=name == "glyphs-rgb")
     if name == "digits":
         return Digits(split)
     if name.startswith("folder:"):

@@ -21,7 +21,7 @@ _SCHEDULE_KEYS = (
 def make_scheduler(name: str, source: nn.Module | SchedulerMixin | dict | None = None) -> SchedulerMixin:
     """The sampler called `name` ("ddim", "ddpm" or "dpm++") on the noise schedule and prediction type of `source`.
 
-    `source` is a scheduler, its config, or a model that carries one as `noise_schedule` (as `sparsedm.load` leaves it);
+    `source` is a scheduler, its config, or a diffusers model whose own config has one as `noise_schedule`;
     without any it is DDPM's linear schedule of 1,000 steps with noise prediction.
 
     Raises:
@@ -30,7 +30,7 @@ def make_scheduler(name: str, source: nn.Module | SchedulerMixin | dict | None =
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
     if isinstance(source, nn.Module):
-        source = getattr(source, "noise_schedule", None)
+        source = getattr(getattr(source, "config", None), "noise_schedule", None)
     config = dict(getattr(source, "config", source) or {})
     known = {k: v for k, v in config.items() if k in _SCHEDULE_KEYS}
     return SAMPLERS[name].from_config({"clip_sample": True, **known, **_EXTRA.get(name, {})})
@@ -52,6 +52,7 @@ def predict_x0(scheduler: SchedulerMixin, output: torch.Tensor, t: torch.Tensor,
     """The picture that a network output implies, clamped to [-1, 1] as the schedulers do with `clip_sample`."""
     kind = scheduler.config.prediction_type
     abar = scheduler.alphas_cumprod.to(x_t.device)[t].to(x_t.dtype)
+    abar = abar.reshape(-1, *[1] * (x_t.dim() - 1))
     if kind == "epsilon":
         x0 = (x_t - (1 - abar).sqrt() * output) / abar.sqrt()
     elif kind == "v_prediction":

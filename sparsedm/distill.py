@@ -121,8 +121,8 @@ def finetune(student: nn.Module, teacher: nn.Module | None, data: str | Dataset,
 
     Args:
         data: a data set or its name (`sparsedm.data.NAMES`).
-        scheduler: a diffusers scheduler with the noise schedule and prediction type; by default the student's own
-            `noise_schedule`, else DDPM's linear one with noise prediction.
+        scheduler: a diffusers scheduler with the noise schedule and prediction type; by default that in the
+            student's config (`noise_schedule`), else DDPM's linear one with noise prediction.
         out: a folder for checkpoints; a run that finds its own checkpoint there goes on from it.
         **options: the fields of `TrainConfig`; `steps` is required.
 

@@ -56,7 +56,7 @@ def reproduce(
     _claim(folder, settings)
     if not (folder / "model" / zoo.CONFIG).exists():
         model = yield from _make(chosen, Path(out), folder, settings)
-        zoo.save(model, folder / "model")
+        zoo.save(model, folder / "model", torch.float16)
     model = zoo.load(folder / "model")
     _check_pattern(model, chosen)
     images, labels = yield from _sample(model, folder / "samples.safetensors", protocol, "sample")
@@ -72,7 +72,7 @@ def reproduce(
     if bundle:
         _write_json(RESULTS / f"{name}.json", results)
         if chosen.bundle:
-            zoo.save(model, zoo.ASSETS / name, card=card(name, results))
+            zoo.save(model, zoo.ASSETS / name, torch.float16, card=card(name, results))
     yield Progress("done", 1, 1, json.dumps(scores))
 
 
@@ -113,7 +113,7 @@ def _start(chosen: Recipe, out: Path) -> tuple[nn.Module, nn.Module | None]:
         cls, config = chosen.model
         torch.manual_seed(0)
         model = cls(**config)
-        model.noise_schedule = dict(NOISE_SCHEDULE)
+        model.register_to_config(noise_schedule=NOISE_SCHEDULE)
         return model, None
     source, _ = _base(chosen, out)
     model, teacher = zoo.load(source), zoo.load(source)
@@ -231,7 +231,7 @@ def _reproduce_classifier(folder: Path, bundle: bool) -> Iterator[Progress]:
     for step, loss in enumerate(classifier.fit(model, data.load("glyphs"), steps=steps), 1):
         if step % 50 == 0:
             yield Progress("train", step, steps, f"loss {loss:.4f}")
-    zoo.save(model, folder / "model")
+    zoo.save(model, folder / "model", torch.float16)
     model = zoo.load(folder / "model")
     images, labels = data.stack(data.load("glyphs", split="test", n=10_000))
     with torch.no_grad():
@@ -245,5 +245,5 @@ def _reproduce_classifier(folder: Path, bundle: bool) -> Iterator[Progress]:
         _write_json(RESULTS / f"{CLASSIFIER}.json", result)
         text = f"# {CLASSIFIER}\n\nReads 16x16 glyphs; {accuracy:.2%} right on {len(images):,} test glyphs.\n\n"
         text += f"Made by `{result['command']}`. Licence: MIT, as the package.\n"
-        zoo.save(model, zoo.ASSETS / CLASSIFIER, card=text)
+        zoo.save(model, zoo.ASSETS / CLASSIFIER, torch.float16, card=text)
     yield Progress("done", 1, 1, f"accuracy {accuracy:.4f}")

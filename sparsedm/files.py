@@ -1,10 +1,15 @@
 """Writing files so that a kill or a full disk leaves the previous version whole: write beside, then rename."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+_WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # safetensors and torch.save have their own for a full disk
 
 
 @contextlib.contextmanager
@@ -21,8 +26,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"could not write {path} ({error.strerror or error}); what was there is untouched") from error
+    except _WRITE_ERRORS as error:
+        raise _failed(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -35,6 +40,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         for file in temporary.rglob("*"):
@@ -43,13 +49,18 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
-    except OSError as error:
+    except _WRITE_ERRORS as error:
+        raise _failed(path, error) from error
+    finally:
         if old.exists() and not path.exists():
             os.replace(old, path)
-        raise OSError(error.errno, f"could not write {path} ({error.strerror or error}); what was there is untouched") from error
-    finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _failed(path: Path, error: Exception) -> OSError:
+    reason = getattr(error, "strerror", None) or error
+    return OSError(getattr(error, "errno", None) or errno.EIO, f"could not write {path} ({reason}); what was there is untouched")
 
 
 def _flush(path: Path) -> None:

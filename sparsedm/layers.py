@@ -22,7 +22,7 @@ DECAY_MODES = ("gradient", "decoupled")
 
 # Layers that the papers leave dense, by class name of the model. Layers that cannot be grouped stay dense anyway.
 DEFAULT_EXCLUDE = {
-    "UViTModel": ("patch_embed.*", "decoder_pred", "final_layer"),  # SparseDM 4: block linears and skip_linear
+    "UViTModel": ("patch_embed.*", "context_embed", "decoder_pred", "final_layer"),  # SparseDM 4: block linears and skip_linear
     "UNet2DModel": ("conv_in", "conv_out"),
 }
 
@@ -136,6 +136,8 @@ def sparsify(
         chosen = next((p for glob, p in overrides.items() if fnmatchcase(name, glob)), pattern)
         reason = _why_dense(name, module, chosen, include, exclude)
         if reason:
+            if isinstance(module, _NMLayer):
+                _to_plain(module)
             module.dense_reason = reason
             continue
         module.__class__ = _SPARSE_CLASS.get(type(module), type(module))
@@ -144,8 +146,9 @@ def sparsify(
     if not converted:
         reasons = "; ".join(f"{name}: {module.dense_reason}" for name, module in list(layers.items())[:3])
         raise ValueError(f"no layer of {type(model).__name__} takes {pattern} ({reasons or 'it has no linear or conv layer'})")
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = types.MethodType(_save_folded, model)
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):
+            module.save_pretrained = types.MethodType(_save_folded, module)
     return model
 
 
@@ -177,10 +180,15 @@ def _leave(model: nn.Module, keep_mask: bool) -> nn.Module:
         if keep_mask:
             with torch.no_grad():
                 module.weight.copy_(torch.where(module.mask(), module.weight, 0))
-        module.__class__ = _DENSE_CLASS[type(module)]
-        del module.pattern, module.decay, module.decay_mode
-    model.__dict__.pop("save_pretrained", None)
+        _to_plain(module)
+    for module in model.modules():
+        module.__dict__.pop("save_pretrained", None)
     return model
+
+
+def _to_plain(module: _NMLayer) -> None:
+    module.__class__ = _DENSE_CLASS[type(module)]
+    del module.pattern, module.decay, module.decay_mode
 
 
 def densify(model: nn.Module) -> nn.Module:

@@ -71,7 +71,7 @@ def mask(weight: torch.Tensor, pattern: NMPattern | str) -> torch.Tensor:
     if pattern.n == pattern.m:
         return torch.ones_like(weight, dtype=torch.bool)
     keep = (_keep_by_pairs if pattern.m <= _PAIRWISE_MAX_M else _keep_by_selection)(_magnitude(groups), pattern.n)
-    return keep.movedim(0, 2).reshape(weight.shape)
+    return keep.movedim(0, 2).reshape(weight.shape).contiguous()
 
 
 def _magnitude(groups: torch.Tensor) -> torch.Tensor:
@@ -116,17 +116,19 @@ def verify(weight: torch.Tensor, pattern: NMPattern | str) -> int:
     return int(((_grouped(weight.detach(), pattern.m) != 0).sum(2) > pattern.n).sum())
 
 
-def detect(weight: torch.Tensor, max_m: int = 32) -> NMPattern | None:
-    """The sparsest N:M (M a power of two up to `max_m`, the smallest M among equals) that `weight` satisfies, or None.
+def detect(weight: torch.Tensor) -> NMPattern | None:
+    """The sparsest N:M (the smallest M among equals) that `weight` satisfies, or None for a dense weight.
 
     A weight that is zero throughout counts as dense: it has not been masked, it has not been trained.
     """
-    if weight.dim() < 2 or weight.is_meta or not weight.any():
+    if weight.dim() < 2 or weight.is_meta:
         return None
-    best, m = None, 2
-    while m <= max_m and weight.shape[1] % m == 0:
-        n = int((_grouped(weight.detach(), m) != 0).sum(2).max())
+    nonzero = weight.detach() != 0
+    if nonzero.all() or not nonzero.any():
+        return None
+    best = None
+    for m in (m for m in range(2, MAX_M + 1) if weight.shape[1] % m == 0):
+        n = int(_grouped(nonzero, m).sum(2).max())
         if n < m and (best is None or n / m < best.density):
             best = NMPattern(n, m)
-        m *= 2
     return best

@@ -65,6 +65,7 @@ def card(name: str, result: dict) -> str:
         f"- Weights: float16, {result['parameters']:,} parameters, {result['nonzero_parameters']:,} of them not zero.",
         f"- MACs per picture and step: {result['macs']['dense']:,} dense, {result['macs']['sparse']:,} with zeros skipped.", "",
         "| score | value |", "|---|---|", *(f"| {k} | {v:.4g} |" for k, v in scores.items() if k != "n"), "",
-        _caption(result), "", "Licence: MIT, as the package. It draws characters like those of the fonts that matplotlib ships.", "",
+        _caption(result), "",
+        "Licence: MIT, as the package. It draws characters like those of the fonts that matplotlib ships.", "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -68,7 +68,7 @@ def test_glyphs_come_in_other_sizes(size):
 
 @pytest.mark.parametrize("options, message", [
     ({"n": -1}, "n=-1"), ({"size": 4}, "size=4"), ({"split": "validation"}, "'validation'"),
-    ({"n": 0}, "n=0"),  # BUG (package): load(n=0) silently means 40,000; test for None, not for falsehood (size=0 too)
+    ({"n": 0}, "n=0"),
 ])  # fmt: skip
 def test_bad_glyph_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
@@ -180,7 +180,6 @@ def test_cifar10_is_read_from_disk(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, remedy", [("cifar10", "download=True"), ("celeba", "download=True"), ("lsun-bedroom", "by hand")])
 def test_sets_that_are_not_on_disk_say_so(name, remedy, tmp_path):
-    # BUG (package): LSUN needs lmdb, which is in no requirement: ModuleNotFoundError. Catch ImportError and name the cure.
     with pytest.raises(FileNotFoundError, match=remedy) as error:
         data.load(name, root=tmp_path)
     assert name in str(error.value) and str(tmp_path) in str(error.value)

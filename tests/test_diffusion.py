@@ -43,7 +43,7 @@ class Fake(nn.Module):
 @pytest.mark.parametrize("name", BY_HAND)
 def test_sampling_equals_the_diffusers_scheduler_stepped_by_hand(make_model, name, kind, steps):
     model, labels = make_model("uvit").eval(), torch.tensor([0, 3])
-    model.noise_schedule = {**SCHEDULE, "prediction_type": kind}
+    model.register_to_config(noise_schedule={**SCHEDULE, "prediction_type": kind})
     noise, seed = start_noise(model, 2, seed=5), torch.Generator
     states = sample(model, noise, sampler=name, steps=steps, class_labels=labels, generator=seed().manual_seed(1))
     scheduler, generator, x = BY_HAND[name](kind), seed().manual_seed(1), noise
@@ -99,8 +99,6 @@ def test_predict_x0_inverts_add_noise_for_the_training_target(kind, t):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_predict_x0_takes_one_timestep_per_picture(kind):
-    # BUG (package): alphas_cumprod[t] of shape [B] is broadcast along the width, silently so where B equals W. Give it
-    # the picture's number of axes: abar.view(-1, 1, 1, 1).
     scheduler = make_scheduler("ddpm", {**SCHEDULE, "prediction_type": kind})
     x0, noise, t = torch.rand(4, 1, 4, 4).double(), torch.randn(4, 1, 4, 4).double(), torch.tensor([0, 100, 400, 800])
     goal = diffusion.target(scheduler, x0, noise, t)

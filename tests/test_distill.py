@@ -116,7 +116,7 @@ def test_loss_is_noise_error_plus_weighted_teacher_error():
 
 def test_velocity_models_are_trained_on_velocity():
     model = tiny()
-    model.noise_schedule = {"prediction_type": "v_prediction"}
+    model.register_to_config(noise_schedule={"prediction_type": "v_prediction"})
     noise_loss, velocity_loss = run(tiny(), steps=1)[0].loss, run(model, steps=1)[0].loss
     assert noise_loss != pytest.approx(velocity_loss, rel=1e-3)
 

@@ -77,7 +77,7 @@ def test_folder_of_other_settings_is_refused(tiny_recipes):
 
 def test_student_that_is_not_sparse_is_not_scored(tiny_recipes):
     model = UViTModel(**TINY)
-    model.noise_schedule = recipes.NOISE_SCHEDULE
+    model.register_to_config(noise_schedule=recipes.NOISE_SCHEDULE)
     experiment._claim(tiny_recipes / "student", TRAIN)
     zoo.save(model, tiny_recipes / "student" / "model")
     with pytest.raises(ValueError, match=r"in_blocks\.0\.attn\.qkv is not 2:4"):

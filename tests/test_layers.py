@@ -136,8 +136,6 @@ def test_fold_keeps_outputs_bit_for_bit_and_weights_pass_verification(model, cal
 
 @pytest.mark.parametrize("shape", [(16, 32), (8, 32)], ids=["two groups", "one group"])
 def test_masked_weight_has_the_layout_of_a_folded_one(shape):
-    # BUG (package): with one group per row the mask, and so the masked weight, comes out transposed in memory (strides
-    # (1, out)); another matrix product runs and fold changes the last bits. Cure: end nm.mask with .contiguous().
     model = sparsify(nn.Sequential(nn.Linear(*shape)), "4:8")
     x = torch.randn(3, shape[0], generator=torch.Generator().manual_seed(0))
     expected, stride = model(x), model[0].masked_weight().stride()
@@ -176,7 +174,6 @@ def test_bias_stays_as_it_was(make, bias):
 
 @pytest.mark.parametrize("inputs", [{"num_classes": 5}, {"num_classes": None}, {"num_classes": None, "context_dim": 16}], ids=str)
 def test_uvit_default_is_block_linears_and_skip_linear(make_model, inputs):
-    # BUG (package): with text, context_embed becomes sparse; papers.md 1.2 has it dense. Add it to DEFAULT_EXCLUDE.
     model = sparsify(make_model("uvit", **inputs))
     blocks = ["in_blocks.0", "in_blocks.1", "mid_block", "out_blocks.0", "out_blocks.1"]
     expected = {f"{b}.{name}" for b in blocks for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
@@ -246,8 +243,6 @@ def test_a_model_in_which_nothing_fits_is_refused(model):
 
 
 def test_sparsify_again_obeys_the_new_rules():
-    # BUG (package): a sparse-training layer that the new call excludes, or that the new pattern does not fit, keeps its old
-    # pattern and gets a dense_reason all the same. It should become a plain layer again (or the call should refuse).
     model = sparsify(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)), "2:4")
     sparsify(model, "8:16", exclude=())
     assert {name: str(layer.pattern) for name, layer in nm_layers(model)} == {"1": "8:16"}
@@ -320,29 +315,23 @@ def test_saving_a_pipeline_with_a_training_model_writes_the_folded_weights(make_
     _assert_folder_is_folded(model, type(model).from_pretrained(tmp_path / "unet"))
 
 
-def test_zoo_save_of_a_training_model_is_folded_or_refused(model, tmp_path):
-    # BUG (package): zoo.save writes the dense master weights of a sparse-training model without a word.
-    sparsify(model)
-    try:
-        zoo.save(model, tmp_path / "out", dtype=torch.float32)
-    except ValueError:
-        return
+def test_zoo_save_of_a_training_model_writes_the_folded_weights(model, tmp_path):
+    before = _snapshot(sparsify(model))
+    zoo.save(model, tmp_path / "out", dtype=torch.float32)
     _assert_folder_is_folded(model, zoo.load(tmp_path / "out"))
+    assert not _differences(before, model) and next(nm_layers(model), None)
 
 
 def test_saving_an_inner_model_that_was_sparsified_through_its_wrapper_is_folded(make_model, tmp_path):
-    # BUG (package): sparsify(wrapper) rebinds save_pretrained of the wrapper only (it has none); the inner diffusers model
-    # then saves its dense master weights. Rebind it for every submodule that has one, and undo that in fold and densify.
     inner = make_model("unet")
     sparsify(nn.ModuleDict({"unet": inner}), exclude=["unet.conv_in", "unet.conv_out"])
     inner.save_pretrained(tmp_path)
     _assert_folder_is_folded(inner, type(inner).from_pretrained(tmp_path))
 
 
-def test_noise_schedule_survives_save_pretrained(tmp_path):
-    # BUG (package): the "five lines" fold(student).save_pretrained("out") lose the noise schedule and prediction type;
-    # load("out") then samples a v-prediction model as if it predicted noise.
-    model = fold(sparsify(zoo.load("glyphs-uvit")))
+@pytest.mark.parametrize("name", ["glyphs-uvit", "glyphs-unet"])
+def test_noise_schedule_survives_save_pretrained(name, tmp_path):
+    model = fold(sparsify(zoo.load(name)))
     model.save_pretrained(tmp_path)
     before, after = (make_scheduler("ddim", m) for m in (model, zoo.load(tmp_path)))
     assert after.config.prediction_type == before.config.prediction_type == "v_prediction"

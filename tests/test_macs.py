@@ -82,8 +82,6 @@ def test_a_layer_used_twice_counts_twice():
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:4", "7:8", "5:64", "2:6"])
 def test_folded_and_training_students_count_the_same(make_model, pattern):
-    # BUG (package) for 5:64 and 2:6: patterns whose M is above 32 or no power of two are not recognised once folded (5:64
-    # counts as 5:32, 2:6 as dense). detect() should look at every M up to 64, or fold should leave the pattern on the layer.
     model = sparsify(make_model("uvit", embed_dim=192, num_heads=3), pattern)
     training = macs.count(model)
     folded = macs.count(fold(model))

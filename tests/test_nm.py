@@ -135,7 +135,7 @@ def test_verify_takes_negative_zero_for_zero_and_nan_for_nonzero():
 @pytest.mark.parametrize("text", PATTERNS)
 def test_detect_finds_the_pattern_of_a_masked_weight(text):
     weight = _weight("normal", (32, 128))
-    assert str(nm.detect(weight * nm.mask(weight, text), max_m=64)) == text
+    assert str(nm.detect(weight * nm.mask(weight, text))) == text
 
 
 @pytest.mark.parametrize("weight", [

@@ -43,6 +43,7 @@ def _official_shapes(dim, depth, patch, channels, tokens, mlp_ratio=4, classes=N
     ("uvit-s2-cifar10", _official_shapes(512, 12, 2, 3, 257), 44.255),
     ("uvit-m4-imagenet64", _official_shapes(768, 16, 4, 3, 258, classes=1001), 130.94),
     ("uvit-h2-imagenet256", _official_shapes(1152, 28, 2, 4, 258, classes=1001, conv=False), 500.83),
+    ("uvit-h4-imagenet512", _official_shapes(1152, 28, 4, 4, 258, classes=1001, conv=False), 500.94),
     ("uvit-s2-deep-coco", _official_shapes(512, 16, 2, 4, 334, text=768), 58.35),
 ])  # fmt: skip
 def test_names_shapes_and_count_are_the_official_ones(name, expected, parameters):

@@ -11,11 +11,12 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .. import layers
 from ..files import replacing_folder
 from . import classifier, uvit
 
 ASSETS = Path(__file__).parent.parent / "assets"
-WEIGHTS, CONFIG, SCHEDULE = "diffusion_pytorch_model.safetensors", "config.json", "scheduler_config.json"
+WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def build(name: str) -> ModelMixin:
 def load(name_or_folder: str | Path) -> ModelMixin:
     """A bundled model by name, or a model folder (config.json and a safetensors file), in float32 and eval mode.
 
-    If the folder has a scheduler config, the model carries it as `noise_schedule`, which sampling and training then use.
+    Its config carries the noise schedule and prediction type as `noise_schedule`, which sampling and training then use; for
+    the folder of a diffusers pipeline they are those of its scheduler.
 
     Raises:
         ValueError: unknown name, or a config or weights file that is truncated, renamed or of another shape (named).
@@ -115,22 +117,28 @@ def load(name_or_folder: str | Path) -> ModelMixin:
     if (folder / "unet" / CONFIG).exists():  # a pipeline
         folder = folder / "unet"
     config = _read_json(folder / CONFIG)
+    schedule = config.pop("noise_schedule", None)
     model = _class_of(config, folder).from_config(config)
     _load_weights(model, folder / WEIGHTS)
-    schedule = next((p for p in (folder / SCHEDULE, folder.parent / "scheduler" / SCHEDULE) if p.exists()), None)
-    if schedule:
-        model.noise_schedule = _read_json(schedule)
+    pipeline_schedule = folder.parent / "scheduler" / "scheduler_config.json"
+    if schedule is None and pipeline_schedule.exists():
+        schedule = _read_json(pipeline_schedule)
+    if schedule is not None:
+        model.register_to_config(noise_schedule=schedule)
     return model.eval()
 
 
-def save(model: ModelMixin, folder: str | Path, dtype: torch.dtype = torch.float16, card: str | None = None) -> None:
-    """Write `load`'s folder, whole or not at all: config, weights as `dtype`, noise schedule, and `card` as README.md."""
+def save(model: ModelMixin, folder: str | Path, dtype: torch.dtype | None = None, card: str | None = None) -> None:
+    """Write `load`'s folder, whole or not at all: config, weights, and `card` as README.md.
+
+    Weights are written as `dtype`, or as they are; those of sparse-training layers are folded, the model is not touched.
+    """
+    if any(True for _ in layers.nm_layers(model)):
+        model = layers.folded(model)
     with replacing_folder(folder) as temporary:
         model.save_config(temporary)
-        weights = {k: v.detach().to(dtype).contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        weights = {k: v.detach().to(dtype if v.is_floating_point() else None).contiguous() for k, v in model.state_dict().items()}
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        if hasattr(model, "noise_schedule"):
-            (temporary / SCHEDULE).write_text(json.dumps(model.noise_schedule, indent=2) + "\n")
         if card:
             (temporary / "README.md").write_text(card)
 
@@ -139,13 +147,16 @@ def _read_json(path: Path) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; a model folder holds {CONFIG} and {WEIGHTS}")
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content
 
 
 def _class_of(config: Mapping, folder: Path) -> type[ModelMixin]:
-    name = config.get("_class_name", "")
+    name = str(config.get("_class_name", ""))
     cls = _CLASSES.get(name) or getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
         raise ValueError(f"{folder / CONFIG} names the class {name!r}, which is neither this package's nor a diffusers model")
