@@ -27,6 +27,7 @@ _WHERE = {
     "generate": "diffusion",
     "load": "models.zoo",
     "save": "models.zoo",
+    "save_packed": "models.zoo",
     "build": "models.zoo",
     "reproduce": "experiment",
 }

@@ -32,7 +32,7 @@ class _SRSTE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight: torch.Tensor, mask: torch.Tensor, decay: float) -> torch.Tensor:
-        masked = torch.where(mask, weight, 0)
+        masked = nm.masked(weight, mask)
         ctx.decay = decay
         if decay:
             ctx.save_for_backward(weight - masked)  # the pruned part
@@ -179,7 +179,7 @@ def _leave(model: nn.Module, keep_mask: bool) -> nn.Module:
     for _, module in list(nm_layers(model)):
         if keep_mask:
             with torch.no_grad():
-                module.weight.copy_(torch.where(module.mask(), module.weight, 0))
+                module.weight.copy_(nm.masked(module.weight, module.mask()))
         _to_plain(module)
     for module in model.modules():
         module.__dict__.pop("save_pretrained", None)
@@ -234,8 +234,18 @@ def decay_pruned(model: nn.Module, lr: float) -> None:
     with torch.no_grad():
         for _, module in nm_layers(model):
             if module.decay_mode == "decoupled" and module.decay:
-                pruned = torch.where(module.mask(), 0, module.weight)
+                pruned = nm.masked(module.weight, ~module.mask())
                 module.weight.sub_(pruned, alpha=lr * module.decay)
+
+
+def patterns(model: nn.Module) -> dict[str, NMPattern]:
+    """The N:M pattern of every layer that has one: set (sparse-training layers) or found in the weights (folded ones)."""
+    found = {}
+    for name, module in weight_layers(model):
+        pattern = module.pattern if isinstance(module, _NMLayer) else nm.detect(module.weight)
+        if pattern is not None and pattern.n < pattern.m:
+            found[name] = pattern
+    return found
 
 
 def masks(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import nm
 from .diffusion import null_label
-from .layers import NMConv2d, NMLinear, densify, nm_layers, weight_layers
+from .layers import densify, nm_layers, patterns
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,6 @@ class Macs:
         return steps * (2 if guidance else 1)
 
 
-def patterns(model: nn.Module) -> dict[str, nm.NMPattern]:
-    """The N:M pattern of every layer that has one: set (sparse-training layers) or found in the weights (folded ones)."""
-    found = {}
-    for name, module in weight_layers(model):
-        pattern = module.pattern if isinstance(module, (NMLinear, NMConv2d)) else nm.detect(module.weight)
-        if pattern is not None and pattern.n < pattern.m:
-            found[name] = pattern
-    return found
-
-
 def count(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) -> Macs:
     """Count one call of `model` on one image.
 
@@ -99,7 +89,7 @@ def count(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) ->
 
 
 def example_inputs(model: nn.Module, batch: int = 1) -> dict[str, torch.Tensor]:
-    """Zeros of the shapes that a 2-D diffusers denoiser takes: sample, timestep and, if it has them, class labels."""
+    """Zeros of the shapes that a 2-D diffusers denoiser takes: sample, timestep, class labels or text if it has them."""
     config = getattr(model, "config", None)
     size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
     if size is None or channels is None:
@@ -108,6 +98,8 @@ def example_inputs(model: nn.Module, batch: int = 1) -> dict[str, torch.Tensor]:
     inputs = {"sample": torch.zeros(batch, channels, height, width), "timestep": torch.zeros(batch, dtype=torch.long)}
     if null_label(model) is not None:
         inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
+    if getattr(config, "context_dim", None):
+        inputs["encoder_hidden_states"] = torch.zeros(batch, config.context_tokens, config.context_dim)
     return inputs
 
 

@@ -74,18 +74,27 @@ def mask(weight: torch.Tensor, pattern: NMPattern | str) -> torch.Tensor:
     return keep.movedim(0, 2).reshape(weight.shape).contiguous()
 
 
+def masked(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`weight` with exact +0 where `mask` is False. As bits, several times faster than `torch.where` on a CPU."""
+    bits = _BITS[weight.element_size()]
+    return weight.view(bits).bitwise_and(mask.to(bits).neg_()).view(weight.dtype)
+
+
 def _magnitude(groups: torch.Tensor) -> torch.Tensor:
     """Orderable integers of |w|, one contiguous slice per position in the group: [m, out, in / m, rest]."""
     return groups.abs().view(_BITS[groups.element_size()]).movedim(2, 0).contiguous()
 
 
 def _keep_by_pairs(magnitude: torch.Tensor, n: int) -> torch.Tensor:
-    """Count for each entry how many of its group beat it; keep those beaten by fewer than n. No sorting."""
-    beaten = torch.zeros_like(magnitude, dtype=torch.int8)
-    for i in range(len(magnitude) - 1):
-        later_wins = magnitude[i + 1 :] > magnitude[i]  # the earlier one wins ties
-        beaten[i] += later_wins.sum(0, dtype=torch.int8)
-        beaten[i + 1 :] += ~later_wins
+    """Keep the entries that fewer than n others of their group beat; pairs are compared by distance. No sorting."""
+    m = len(magnitude)
+    # Entry i starts with its i earlier rivals, who win ties, as victors.
+    beaten = torch.arange(m, dtype=torch.int8, device=magnitude.device).view(-1, *[1] * (magnitude.dim() - 1))
+    beaten = beaten.expand(magnitude.shape).contiguous()
+    for distance in range(1, m):
+        later_wins = (magnitude[distance:] > magnitude[:-distance]).view(torch.int8)
+        beaten[:-distance] += later_wins
+        beaten[distance:] -= later_wins
     return beaten < n
 
 

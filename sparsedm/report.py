@@ -8,7 +8,7 @@ from torch import nn
 
 from . import macs as macs_module
 from . import nm
-from .layers import NMConv2d, NMLinear, weight_layers
+from .layers import NMConv2d, NMLinear, patterns, weight_layers
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def report(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> R
     except ValueError:
         if inputs is not None:
             raise
-    patterns = macs_module.patterns(model)
-    rows = tuple(_row(name, module, patterns.get(name), counts) for name, module in weight_layers(model))
+    found = patterns(model)
+    rows = tuple(_row(name, module, found.get(name), counts) for name, module in weight_layers(model))
     return Report(rows, counts and counts.dense, counts and counts.sparse)
 
 
