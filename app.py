@@ -92,9 +92,12 @@ def load(base: str, variant: str = "dense") -> Variant:
     model = sparsedm.load(name)
     if variant == "oneshot":
         model = sparsedm.fold(sparsedm.sparsify(copy.deepcopy(model), "2:4"))
+    parameters = sum(p.numel() for p in model.parameters())
     nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
     title = f"{BASES[base]}, {VARIANTS.get(variant, variant)}"
-    return Variant(title, model, macs.count(model), sum(p.numel() for p in model.parameters()), nonzero)
+    if variant in VARIANTS:
+        sparsedm.pack(model, batch=MAX_LETTERS // 2)
+    return Variant(title, model, macs.count(model), parameters, nonzero)
 
 
 def race(request: Request) -> Iterator[tuple[Lane, Lane]]:

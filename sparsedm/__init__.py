@@ -19,6 +19,8 @@ _WHERE = {
     "sparsify": "layers",
     "densify": "layers",
     "fold": "layers",
+    "pack": "packed",
+    "unpack": "packed",
     "report": "report",
     "count": "macs",
     "train": "distill",

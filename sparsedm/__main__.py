@@ -67,7 +67,7 @@ def bench(
     ] = "train-step",
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
 ) -> None:
-    """Measure what masks cost on this machine. Example: python -m sparsedm bench --what train-step"""
+    """Measure this machine: what packing gains, what masks cost. Example: python -m sparsedm bench --what step"""
     from sparsedm import bench as benches
 
     if what not in benches.BENCHES:

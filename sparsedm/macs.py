@@ -5,9 +5,8 @@ attention products count; norms, activations and biases do not (the papers' and 
 1 MAC is 2 FLOPs). `FlopCounterMode` itself counts CPU attention as 0 in torch 2.13.
 """
 
-import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import nm
-from .diffusion import null_label
-from .layers import densify, nm_layers, patterns
+from . import dryrun, layers, nm
+from .packed import is_packed
 
 
 @dataclass(frozen=True)
@@ -78,57 +76,17 @@ def count(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) ->
     Raises:
         ValueError: no `inputs` and a config that does not tell the input's shape.
     """
-    found = patterns(model)
-    inputs = {k: v.to("meta") for k, v in (inputs or example_inputs(model)).items()}
-    shadow = _meta_copy(model)
-    dense: dict[str, int] = {}
-    attention = _AttentionCounter()
-    with _layer_hooks(shadow, dense), attention, torch.no_grad():
-        shadow(**inputs)
-    return Macs(tuple(LayerMacs(name, n, found.get(name)) for name, n in dense.items()), attention.macs)
+    attention, modules = _AttentionCounter(), dict(model.named_modules())
+    positions = dryrun.positions(model, inputs, attention)
+    found = layers.patterns(model) | {n: m.pattern for n, m in modules.items() if is_packed(m)}
+    counted = (_layer(name, modules[name], n, found.get(name)) for name, n in positions.items())
+    return Macs(tuple(counted), attention.macs)
 
 
-def example_inputs(model: nn.Module, batch: int = 1) -> dict[str, torch.Tensor]:
-    """Zeros of the shapes that a 2-D diffusers denoiser takes: sample, timestep, class labels or text if it has them."""
-    config = getattr(model, "config", None)
-    size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
-    if size is None or channels is None:
-        raise ValueError(f"{type(model).__name__} has no config.sample_size and in_channels; pass inputs={{...}}")
-    height, width = (size, size) if isinstance(size, int) else size
-    inputs = {"sample": torch.zeros(batch, channels, height, width), "timestep": torch.zeros(batch, dtype=torch.long)}
-    if null_label(model) is not None:
-        inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
-    if getattr(config, "context_dim", None):
-        inputs["encoder_hidden_states"] = torch.zeros(batch, config.context_tokens, config.context_dim)
-    return inputs
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """A copy without storage; sparse-training layers become plain ones of the same shape."""
-    memo = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    shadow = copy.deepcopy(model, memo)
-    return densify(shadow) if any(True for _ in nm_layers(shadow)) else shadow
-
-
-@contextmanager
-def _layer_hooks(model: nn.Module, macs: dict[str, int]) -> Iterator[None]:
-    def hook_for(name: str):
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            positions = output.numel() // output.shape[-1 if isinstance(module, nn.Linear) else 1]
-            macs[name] = macs.get(name, 0) + module.weight.numel() * positions
-
-        return hook
-
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    handles = [m.register_forward_hook(hook_for(n)) for n, m in model.named_modules() if isinstance(m, kinds)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _layer(name: str, module: nn.Module, positions: int, pattern: nm.NMPattern | None) -> LayerMacs:
+    if is_packed(module):
+        return LayerMacs(name, math.prod(module.weight_shape) * positions, pattern, pattern.density)
+    return LayerMacs(name, module.weight.numel() * positions, pattern)
 
 
 class _AttentionCounter(TorchFunctionMode):

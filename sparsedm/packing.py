@@ -1,12 +1,12 @@
 """N:M weights without their zeros: packed tensors, and the packed checkpoint file made of them.
 
-A weight [out, in, ...] becomes `values` [out, in * N / M, ...], the kept weights in order, and `positions`, where in its group
-each of them stood, ceil(log2 M) bits apiece. At 2:4 in float16 that is 9/16 of the dense bytes. The file is safetensors: no
-pickle, a checksum per tensor, checked when it is read. PyTorch's and NVIDIA's own 2:4 layouts depend on device and kernel;
-this one does not.
+A weight [out, in, ...] becomes `values`, the kept weights of every output with the input axis fastest, and `positions`, where
+in its group each of them stood, ceil(log2 M) bits apiece. At 2:4 in float16 that is 9/16 of the dense bytes. The file is
+safetensors: no pickle, a checksum per tensor, checked when it is read.
 """
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +30,7 @@ def position_bits(pattern: NMPattern) -> int:
 
 
 def pack(weight: torch.Tensor, pattern: NMPattern | str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`weight` [out, in, ...] as values [out, in * N / M, ...] and positions (uint8, bits little-endian, row by row).
+    """`weight` [out, in, ...] as values [out, rest * in * N / M] and positions (uint8, bits little-endian, in the same order).
 
     A group with fewer than N nonzeros is filled up with its first zeros. Negative zeros come back positive.
 
@@ -43,12 +43,10 @@ def pack(weight: torch.Tensor, pattern: NMPattern | str) -> tuple[torch.Tensor, 
         raise ValueError(
             f"the weight {list(weight.shape)} is not {pattern}: {violations} groups hold more nonzeros; fold it first"
         )
-    groups = _groups_last(weight.detach(), pattern.m)  # [out, in / m, rest, m]
-    kept = _groups_last(nm.mask(weight, pattern), pattern.m)
-    shape = (*kept.shape[:-1], pattern.n)
-    positions = kept.nonzero()[:, -1].reshape(shape)
-    values = groups.gather(-1, positions) + 0.0  # -0.0 + 0.0 is +0.0
-    values = values.movedim(-1, 2).reshape(weight.shape[0], -1, *weight.shape[2:]).contiguous()
+    groups = _rows(weight.detach()).reshape(len(weight), -1, pattern.m)
+    kept = _rows(nm.mask(weight, pattern)).reshape(groups.shape)
+    positions = kept.nonzero()[:, -1].reshape(len(weight), -1, pattern.n)
+    values = groups.gather(-1, positions).flatten(1) + 0.0  # -0.0 + 0.0 is +0.0
     bits = position_bits(pattern)
     planes = (positions.reshape(-1, 1).cpu().numpy() >> np.arange(bits)) & 1
     return values, torch.from_numpy(np.packbits(planes.astype(np.uint8).ravel(), bitorder="little"))
@@ -63,26 +61,25 @@ def unpack(values: torch.Tensor, positions: torch.Tensor, pattern: NMPattern | s
     pattern, shape = NMPattern.parse(pattern), tuple(shape)
     if len(shape) < 2 or shape[1] % pattern.m:
         raise ValueError(f"shape {list(shape)} does not divide into groups of {pattern.m} along axis 1")
-    groups = shape[1] // pattern.m
-    wanted = (shape[0], groups * pattern.n, *shape[2:])
-    bits, count = position_bits(pattern), int(np.prod(wanted))
-    if tuple(values.shape) != wanted or positions.dtype != torch.uint8 or positions.numel() != -(-count * bits // 8):
+    groups = math.prod(shape[1:]) // pattern.m
+    bits, count = position_bits(pattern), shape[0] * groups * pattern.n
+    fits = tuple(values.shape) == (shape[0], groups * pattern.n) and positions.numel() == -(-count * bits // 8)
+    if not fits or positions.dtype != torch.uint8:
         raise ValueError(
             f"values {list(values.shape)} and {positions.numel()} bytes of positions do not make {list(shape)} at {pattern}"
         )
     planes = np.unpackbits(positions.cpu().numpy().ravel(), count=count * bits, bitorder="little").reshape(-1, bits)
-    index = torch.from_numpy((planes.astype(np.int64) << np.arange(bits)).sum(1)).view(shape[0], groups, -1, pattern.n)
+    index = torch.from_numpy((planes.astype(np.int64) << np.arange(bits)).sum(1)).view(shape[0], groups, pattern.n)
     if (index >= pattern.m).any() or (index.diff(dim=-1) <= 0).any():
         raise ValueError(f"positions are not increasing numbers below {pattern.m} in every group")
-    grouped = values.reshape(shape[0], groups, pattern.n, -1).movedim(2, -1)
-    dense = values.new_zeros(*grouped.shape[:-1], pattern.m)
-    dense.scatter_(-1, index.to(values.device), grouped)
-    return dense.movedim(-1, 2).reshape(shape).contiguous()
+    dense = values.new_zeros(shape[0], groups, pattern.m)
+    dense.scatter_(-1, index.to(values.device), values.view(index.shape))
+    return dense.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
 
-def _groups_last(tensor: torch.Tensor, m: int) -> torch.Tensor:
-    """[out, in, ...] as [out, in / m, rest, m]."""
-    return tensor.reshape(tensor.shape[0], tensor.shape[1] // m, m, -1).movedim(2, -1)
+def _rows(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in, ...] as [out, rest * in], the input axis fastest, so that groups lie side by side."""
+    return weight.movedim(1, -1).flatten(1)
 
 
 def write(path: str | Path, state: Mapping[str, torch.Tensor], patterns: Mapping[str, NMPattern]) -> None:

@@ -8,12 +8,13 @@ from torch import nn
 
 from . import macs as macs_module
 from . import nm
-from .layers import NMConv2d, NMLinear, patterns, weight_layers
+from .layers import NMConv2d, NMLinear, patterns
+from .packed import is_packed
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer: its state is "sparse-training", "folded" or "dense"; `note` says why a layer is dense.
+    """One layer: its state is "sparse-training", "folded", "packed" or "dense"; `note` says why it is dense or not packed.
 
     `mac_share` is the layer's share (0 to 1) of the model's dense MACs; None if they could not be counted.
     """
@@ -33,6 +34,7 @@ class Report:
     rows: tuple[LayerRow, ...]
     dense_macs: int | None
     sparse_macs: int | None
+    executed_macs: int | None
 
     _HEAD = ("layer", "shape", "pattern", "state", "MACs", "note")
 
@@ -49,6 +51,7 @@ class Report:
         if self.dense_macs:
             saved = 1 - self.sparse_macs / self.dense_macs
             text += f"; {self.dense_macs / 1e6:,.1f} M MACs dense, {self.sparse_macs / 1e6:,.1f} M sparse ({saved:.1%} fewer)"
+            text += f", {self.executed_macs / 1e6:,.1f} M executed"
         return text
 
     def __str__(self) -> str:
@@ -76,16 +79,20 @@ def report(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> R
         if inputs is not None:
             raise
     found = patterns(model)
-    rows = tuple(_row(name, module, found.get(name), counts) for name, module in weight_layers(model))
-    return Report(rows, counts and counts.dense, counts and counts.sparse)
+    shown = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) or is_packed(m)]
+    rows = tuple(_row(name, module, found.get(name), counts) for name, module in shown)
+    return Report(rows, counts and counts.dense, counts and counts.sparse, counts and counts.executed)
 
 
 def _row(name: str, module: nn.Module, pattern: nm.NMPattern | None, counts: macs_module.Macs | None) -> LayerRow:
-    training = isinstance(module, (NMLinear, NMConv2d))
-    state = "sparse-training" if training else "folded" if pattern else "dense"
+    if is_packed(module):
+        state, pattern, shape = "packed", module.pattern, module.weight_shape
+    else:
+        state = "sparse-training" if isinstance(module, (NMLinear, NMConv2d)) else "folded" if pattern else "dense"
+        shape = tuple(module.weight.shape)
     share = None
     if counts:
         layer = counts.by_name.get(name)
         share = layer.dense / counts.dense if layer else 0.0
-    note = getattr(module, "dense_reason", "") if state == "dense" else ""
-    return LayerRow(name, tuple(module.weight.shape), str(pattern or ""), state, share, note)
+    note = getattr(module, "dense_reason", "") if state in ("dense", "folded") else ""
+    return LayerRow(name, shape, str(pattern or ""), state, share, note)

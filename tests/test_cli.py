@@ -25,7 +25,7 @@ def test_info_shows_layers_patterns_and_macs():
     [
         (("info", "nothing"), "error: unknown model 'nothing'; bundled: glyph-classifier, glyphs-"),
         (("reproduce", "nothing"), "error: unknown recipe 'nothing'; known: glyph-classifier"),
-        (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: train-step"),
+        (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: step, train-step"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_1(arguments, message):
@@ -53,3 +53,10 @@ def test_train_step_benchmark_reports_a_ratio():
 def test_mask_benchmark_covers_every_way():
     table = bench.masks(shapes=((64, 64),), rounds=2)
     assert set(table["64x64 2:4"]) == {"pairs", "selection", "sorting"}
+
+
+def test_step_benchmark_compares_dense_and_packed():
+    result = bench.step(models=("glyphs-uvit",), batches=(2,), compiled=False, rounds=3)
+    row = result["glyphs-uvit, batch 2"]
+    assert row["dense"] > 0 and row["packed"] > 0 and 0 <= row["macs_skipped"] < 0.5
+    assert bench.step_words(result).count("\n| glyphs-uvit, batch 2 |") == 1

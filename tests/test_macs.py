@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsedm import macs
+from sparsedm import dryrun, macs
 from sparsedm.layers import fold, sparsify
 from sparsedm.models import zoo
 
@@ -53,7 +53,7 @@ def test_per_layer_figures_by_hand(small):
 def test_dense_equals_half_of_torch_flop_counter(make_model, options):
     model = make_model(options[0], **options[1])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(**macs.example_inputs(model))
+        model(**dryrun.example_inputs(model))
     assert 2 * macs.count(model).dense == counter.get_total_flops()
 
 
@@ -103,7 +103,7 @@ def test_count_does_not_touch_the_model(model, call):
 
 def test_counts_are_per_image_and_guidance_needs_two_calls(make_model):
     model = make_model("unet")
-    assert macs.example_inputs(model, batch=3)["sample"].shape == (3, 1, 8, 8)
+    assert dryrun.example_inputs(model, batch=3)["sample"].shape == (3, 1, 8, 8)
     assert (macs.Macs.calls(50), macs.Macs.calls(50, guidance=1.0)) == (50, 100)
 
 

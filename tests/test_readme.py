@@ -16,6 +16,11 @@ def test_results_table_is_the_stored_one():
     assert section("results") == results.table()
 
 
+def test_step_times_are_the_stored_ones():
+    stored = json.loads((results.RESULTS / "bench-step.json").read_text())
+    assert section("step") == bench.step_words(stored)
+
+
 def test_training_cost_is_the_stored_one():
     stored = json.loads((results.RESULTS / "bench-train-step.json").read_text())
     assert section("bench") == bench.train_step_words(stored)
