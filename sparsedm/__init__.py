@@ -21,7 +21,7 @@ _WHERE = {
     "fold": "layers",
     "pack": "packed",
     "unpack": "packed",
-    "report": "report",
+    "report": "reporting",
     "count": "macs",
     "train": "distill",
     "finetune": "distill",

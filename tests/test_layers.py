@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsedm import layers, nm, report
+import sparsedm
+from sparsedm import layers, nm
 from sparsedm.diffusion import make_scheduler
 from sparsedm.layers import densify, fold, folded, mask_change, masks, nm_layers, set_pattern, sparsify, weight_layers
 from sparsedm.models import zoo
@@ -216,7 +217,7 @@ def test_every_dense_layer_carries_its_reason():
         "attention.out_proj": "class NonDynamicallyQuantizableLinear is not plain Linear or Conv2d",
         "wide": "8 inputs, not a multiple of 16",
     }
-    assert {row.name: row.note for row in report.report(model).rows}["odd"] == "6 inputs, not a multiple of 4"
+    assert {row.name: row.note for row in sparsedm.report(model).rows}["odd"] == "6 inputs, not a multiple of 4"
 
 
 @pytest.mark.parametrize("options, message", [
@@ -343,11 +344,11 @@ def test_noise_schedule_survives_save_pretrained(name, tmp_path):
 
 def test_report_tells_state_pattern_share_and_totals(make_model):
     model = make_model("uvit")
-    dense = report.report(model)
+    dense = sparsedm.report(model)
     assert {row.state for row in dense.rows} == {"dense"} and dense.sparse_macs == dense.dense_macs
     for state in ("sparse-training", "folded"):
         model = sparsify(model) if state == "sparse-training" else fold(model)
-        table = report.report(model)
+        table = sparsedm.report(model)
         assert [row.name for row in table.rows] == [name for name, _ in weight_layers(model)]
         rows = {row.name: row for row in table.rows}
         assert (rows["mid_block.attn.qkv"].state, rows["mid_block.attn.qkv"].pattern) == (state, "2:4")
@@ -373,6 +374,6 @@ def test_report_of_a_model_that_tells_no_input_shape_has_no_macs_unless_inputs_a
             return self.layer(x)
 
     model = sparsify(Toy())
-    assert report.report(model).rows[0].mac_share is None and report.report(model).dense_macs is None
-    table = report.report(model, {"x": torch.zeros(1, 8)})
+    assert sparsedm.report(model).rows[0].mac_share is None and sparsedm.report(model).dense_macs is None
+    table = sparsedm.report(model, {"x": torch.zeros(1, 8)})
     assert (table.dense_macs, table.sparse_macs, table.rows[0].mac_share) == (32, 16, 1.0)
