@@ -52,7 +52,7 @@ def reproduce(
         return
     chosen = recipe(name)
     folder = Path(out, name)
-    settings = {**chosen.train, **train_options}
+    settings = {**chosen.train, **train_options} if chosen.train else {}
     _claim(folder, settings)
     if not (folder / "model" / zoo.CONFIG).exists():
         model = yield from _make(chosen, Path(out), folder, settings)

@@ -134,7 +134,7 @@ def sparsify(
     converted = 0
     for name, module in layers.items():
         chosen = next((p for glob, p in overrides.items() if fnmatchcase(name, glob)), pattern)
-        reason = _why_dense(name, module, chosen, include, exclude)
+        reason = why_dense(name, module, chosen, include, exclude)
         if reason:
             if isinstance(module, _NMLayer):
                 _to_plain(module)
@@ -158,7 +158,7 @@ def _check_globs(globs: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
             raise ValueError(f"{glob!r} matches no layer; the layers are {', '.join(list(layers)[:8])} ...")
 
 
-def _why_dense(name: str, module: nn.Module, pattern: NMPattern, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+def why_dense(name: str, module: nn.Module, pattern: NMPattern, include: Sequence[str], exclude: Sequence[str]) -> str | None:
     """Why a layer cannot or must not be sparse, or None if it will be."""
     if not any(fnmatchcase(name, glob) for glob in include):
         return "not included"

@@ -8,7 +8,7 @@ from torch import nn
 
 from . import macs as macs_module
 from . import nm
-from .layers import NMConv2d, NMLinear, patterns
+from .layers import DEFAULT_EXCLUDE, NMConv2d, NMLinear, patterns, why_dense
 from .packed import is_packed
 
 
@@ -78,15 +78,16 @@ def report(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> R
     except ValueError:
         if inputs is not None:
             raise
-    found = patterns(model)
     shown = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) or is_packed(m)]
-    rows = tuple(_row(name, module, found.get(name), counts) for name, module in shown)
+    found = patterns(model) | {name: module.pattern for name, module in shown if is_packed(module)}
+    pattern = next(iter(found.values()), None)  # what the dense layers could have had
+    rows = tuple(_row(name, module, found.get(name), counts, _note(model, name, module, pattern)) for name, module in shown)
     return Report(rows, counts and counts.dense, counts and counts.sparse, counts and counts.executed)
 
 
-def _row(name: str, module: nn.Module, pattern: nm.NMPattern | None, counts: macs_module.Macs | None) -> LayerRow:
+def _row(name: str, module: nn.Module, pattern: nm.NMPattern | None, counts: macs_module.Macs | None, note: str) -> LayerRow:
     if is_packed(module):
-        state, pattern, shape = "packed", module.pattern, module.weight_shape
+        state, shape = "packed", module.weight_shape
     else:
         state = "sparse-training" if isinstance(module, (NMLinear, NMConv2d)) else "folded" if pattern else "dense"
         shape = tuple(module.weight.shape)
@@ -94,5 +95,12 @@ def _row(name: str, module: nn.Module, pattern: nm.NMPattern | None, counts: mac
     if counts:
         layer = counts.by_name.get(name)
         share = layer.dense / counts.dense if layer else 0.0
-    note = getattr(module, "dense_reason", "") if state in ("dense", "folded") else ""
-    return LayerRow(name, shape, str(pattern or ""), state, share, note)
+    return LayerRow(name, shape, str(pattern or ""), state, share, note if state in ("dense", "folded") else "")
+
+
+def _note(model: nn.Module, name: str, module: nn.Module, pattern: nm.NMPattern | None) -> str:
+    """Why a layer is dense or not packed: as noted when it was left so, or by the rules, for a model read from a file."""
+    noted = getattr(module, "dense_reason", "")
+    if noted or pattern is None or is_packed(module):
+        return noted
+    return why_dense(name, module, pattern, ("*",), DEFAULT_EXCLUDE.get(type(model).__name__, ())) or ""

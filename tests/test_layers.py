@@ -377,3 +377,9 @@ def test_report_of_a_model_that_tells_no_input_shape_has_no_macs_unless_inputs_a
     assert sparsedm.report(model).rows[0].mac_share is None and sparsedm.report(model).dense_macs is None
     table = sparsedm.report(model, {"x": torch.zeros(1, 8)})
     assert (table.dense_macs, table.sparse_macs, table.rows[0].mac_share) == (32, 16, 1.0)
+
+
+def test_report_of_a_model_from_a_file_says_why_layers_are_dense():
+    notes = {row.name: row.note for row in sparsedm.report(zoo.load("glyphs-uvit-2x4")).rows}
+    assert notes["decoder_pred"] == "excluded by rule decoder_pred" and notes["mid_block.mlp.fc1"] == ""
+    assert not any(row.note for row in sparsedm.report(zoo.load("glyphs-uvit")).rows)
