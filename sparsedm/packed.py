@@ -4,6 +4,7 @@
 layers back, bit for bit. `sparsedm.report` tells which layers are packed, and why the others are not.
 """
 
+import copy
 import functools
 
 import torch
@@ -14,6 +15,7 @@ from .nm import NMPattern
 
 BACKENDS = ("auto", "kernel")
 FASTER = 1.1  # "auto" packs a layer whose kernel beats the dense one by this: short timings are noisy
+WHOLE_FASTER = 1.03  # and keeps a model packed that gains this much as a whole
 
 
 class _PackedLayer(nn.Module):
@@ -89,7 +91,7 @@ def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: dic
 
     Args:
         backend: "auto" times every distinct layer against its dense form, with the inputs that `batch` pictures give it, and
-            keeps the faster; "kernel" packs all that a kernel serves.
+            keeps the faster, and the whole model likewise; "kernel" packs all that a kernel serves.
         inputs: of one call on one picture, for models whose config does not tell their shapes.
 
     Raises:
@@ -101,7 +103,9 @@ def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: dic
     patterns = layers.patterns(model)
     if not patterns:
         raise ValueError(f"{type(model).__name__} has no N:M sparse layer to pack; sparsify and fold it first")
-    shapes = dryrun.input_shapes(model, inputs) if backend == "auto" else {}
+    auto = backend == "auto"
+    shapes = dryrun.input_shapes(model, inputs) if auto else {}
+    plain = copy.deepcopy(model) if auto else None
     for name, pattern in patterns.items():
         module = model.get_submodule(name)
         reason = why_not(module, pattern)
@@ -111,7 +115,21 @@ def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: dic
         module.dense_reason = reason
         if not reason:
             _replace(model, name, _PACKED_CLASS[type(module)](module, pattern))
+    if auto and any(map(is_packed, model.modules())):
+        _unpack_if_slower(model, plain, inputs or dryrun.example_inputs(model, batch))
     return model
+
+
+def _unpack_if_slower(model: nn.Module, plain: nn.Module, inputs: dict[str, torch.Tensor], rounds: int = 7) -> None:
+    """Layers that win alone may lose together: caches are cold within a model, and small layers cost overhead."""
+    with torch.no_grad():
+        timings = latency.interleaved({"dense": lambda: plain(**inputs), "packed": lambda: model(**inputs)}, rounds=rounds)
+    gain = latency.ratio(timings, "dense", "packed")
+    if gain < WHOLE_FASTER:
+        names = [name for name, module in model.named_modules() if is_packed(module)]
+        unpack(model)
+        for name in names:
+            model.get_submodule(name).dense_reason = f"the whole model is no faster packed ({gain:.2f}x)"
 
 
 _PACKED_CLASS = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}

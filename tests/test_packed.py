@@ -137,10 +137,19 @@ def test_macs_executed_are_those_of_the_packed_layers():
 
 def test_auto_packs_what_is_faster_and_says_why_not(monkeypatch):
     monkeypatch.setattr(packed, "_measured_gain", lambda key, *rest: 2.0 if key[0] is nn.Linear else 0.5)
+    monkeypatch.setattr(packed, "WHOLE_FASTER", 0.0)
     student = sparsedm.pack(sparsedm.load("glyphs-unet-2x4"))
     states = {row.name: (row.state, row.note) for row in sparsedm.report(student).rows}
     assert states["mid_block.attentions.0.to_q"][0] == "packed"
     assert states["mid_block.resnets.0.conv1"] == ("folded", "its packed kernel is no faster here (0.50x)")
+
+
+def test_auto_leaves_a_model_plain_that_is_no_faster_as_a_whole(monkeypatch):
+    monkeypatch.setattr(packed, "_measured_gain", lambda *key: 2.0)
+    monkeypatch.setattr(packed, "WHOLE_FASTER", 1e9)
+    student = sparsedm.pack(sparsedm.load("glyphs-uvit-2x4"), batch=2)
+    assert not any(map(packed.is_packed, student.modules()))
+    assert all("whole model" in row.note for row in sparsedm.report(student).rows if row.state == "folded")
 
 
 def test_gain_is_really_measured():
