@@ -75,8 +75,12 @@ def step_words(result: dict) -> str:
     for name, row in rows.items():
         cells = [*(f"{row[c]:.1f}" for c in columns), f"**{row['speedup']:.2f}x**", f"{row['macs_skipped']:.0%}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    tail = f"float32, {result['threads']} threads, median of interleaved steps; speed-up: fastest dense over fastest packed."
+    tail = f"float32, {_threads(result)}, median of interleaved steps; speed-up: fastest dense over fastest packed."
     return "\n".join([*lines, "", tail])
+
+
+def _threads(result: dict) -> str:
+    return f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
 
 
 def train_step_words(result: dict) -> str:
@@ -84,7 +88,7 @@ def train_step_words(result: dict) -> str:
     parts = [f"{value['sparse_over_dense']:.2f} ({name})" for name, value in result.items() if isinstance(value, dict)]
     return (
         f"Masks cost little in training: a sparse step takes {' and '.join(parts)} times as long as a dense one"
-        f" (batch {result['batch_size']}, {result['threads']} threads, median of interleaved steps)."
+        f" (batch {result['batch_size']}, {_threads(result)}, median of interleaved steps)."
     )
 
 

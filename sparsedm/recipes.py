@@ -56,20 +56,22 @@ _TUNE = {
 def _recipes() -> dict[str, Recipe]:
     from diffusers import UNet2DModel
 
-    recipes = {
-        "glyphs-uvit": Recipe(
+    teachers = {
+        "uvit": Recipe(
             "U-ViT teacher", model=(UViTModel, _UVIT),
             train={"steps": 11_000, "batch_size": 32, "warmup": 200, "optimizer": "muon", **_TEACH},
         ),
-        "glyphs-unet": Recipe(
+        "unet": Recipe(
             "UNet teacher", model=(UNet2DModel, _UNET), train={"steps": 10_000, "batch_size": 64, "warmup": 500, **_TEACH}
         ),
     }  # fmt: skip
-    for kind, name in (("uvit", "U-ViT"), ("unet", "UNet")):
-        base = f"glyphs-{kind}"
-        recipes[f"{base}-2x4"] = Recipe(f"{name} 2:4, SparseDM", base, None, "2:4", True, _TUNE[kind])
-        recipes[f"{base}-2x4-oneshot"] = Recipe(f"{name} 2:4, one-shot", base, None, "2:4", bundle=False)
+    recipes = {}
+    for kind, teacher in teachers.items():
+        base, name = f"glyphs-{kind}", teacher.title.removesuffix(" teacher")
+        recipes[base] = teacher
         recipes[f"{base}-more"] = Recipe(f"{name} dense, same extra training", base, train=_TUNE[kind], bundle=False)
+        recipes[f"{base}-2x4-oneshot"] = Recipe(f"{name} 2:4, one-shot", base, None, "2:4", bundle=False)
+        recipes[f"{base}-2x4"] = Recipe(f"{name} 2:4, SparseDM", base, None, "2:4", True, _TUNE[kind])
     return recipes
 
 

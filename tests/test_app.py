@@ -44,7 +44,7 @@ def test_a_good_order_is_normalised():
         ({"word": "A-B"}, "'-' cannot be drawn; use the letters"),
         ({"word": "A" * 13}, "13 letters.*at most 12"),
         ({"word": "ß" * 7}, "14 letters"),
-        ({"base": "../secret"}, "backbone '../secret' is unknown.*glyphs-unet, glyphs-uvit"),
+        ({"base": "../secret"}, "backbone '../secret' is unknown.*glyphs-uvit, glyphs-unet"),
         ({"base": ["glyphs-unet"]}, "backbone"),
         ({"variant": "4:8"}, "sparse model.*sparsedm, oneshot"),
         ({"sampler": "euler"}, "sampler 'euler'.*ddim, ddpm"),
@@ -88,7 +88,7 @@ def test_one_shot_is_the_folded_teacher_and_the_cached_teacher_stays_dense():
 
 def test_the_text_says_what_the_kernel_really_does():
     zeros_multiplied = app.work_words(lane("sparse").variant.macs)
-    assert "45 % fewer MACs" in zeros_multiplied and "multiplies the zeros too" in zeros_multiplied
+    assert "45 % fewer MACs" in zeros_multiplied and "multiplied too" in zeros_multiplied
     skipped = app.work_words(lane("sparse", executed_share=0.5).variant.macs)
     assert "kernels skip 45 %" in skipped and "zeros too" not in skipped
 
