@@ -48,7 +48,15 @@ _UNET = {
 
 _TEACH = {"lr": 2e-3, "betas": (0.9, 0.99), "lr_schedule": "cosine", "ema_decay": 0.999, "checkpoint_every": 500}
 _TUNE = {
-    "uvit": {**_TEACH, "lr": 5e-4, "warmup": 100, "steps": 4000, "batch_size": 32, "mixed_precision": "bf16"},
+    "uvit": {
+        **_TEACH,
+        "optimizer": "muon",
+        "lr": 1e-3,
+        "warmup": 100,
+        "steps": 5000,
+        "batch_size": 32,
+        "mixed_precision": "bf16",
+    },
     "unet": {**_TEACH, "lr": 5e-4, "warmup": 100, "steps": 2500, "batch_size": 64},
 }
 
