@@ -1,4 +1,4 @@
-"""Benchmarks of what masks cost, as ratios of interleaved runs (`python -m sparsedm bench`)."""
+"""Benchmarks as ratios of interleaved runs: what packing gains, what masks cost (`python -m sparsedm bench`)."""
 
 import copy
 import platform
