@@ -63,26 +63,71 @@ def info(model: Annotated[str, typer.Argument(help="A bundled model's name or a 
 @app.command()
 def bench(
     what: Annotated[
-        str, typer.Option(help="train-step (sparse against dense) or masks (each way of choosing them).")
-    ] = "train-step",
-    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+        str, typer.Option(help="step (a sampling step, dense against packed), layers (single ones), train-step, or masks.")
+    ] = "step",
+    models: Annotated[
+        str, typer.Option(help="For step: bundled models or the papers' configurations.")
+    ] = "glyphs-uvit,glyphs-unet",
+    batches: Annotated[str, typer.Option(help="For step: pictures at a time.")] = "1,4,16",
+    dtypes: Annotated[str, typer.Option(help="For step and layers: float32, bfloat16.")] = "float32",
+    threads: Annotated[str, typer.Option(help="For step and layers: numbers of threads; one and all by default.")] = "",
+    compile: Annotated[bool, typer.Option(help="For step: torch.compile both sides, too.")] = True,
+    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file, and draw them beside it.")] = None,
 ) -> None:
-    """Measure this machine: what packing gains, what masks cost. Example: python -m sparsedm bench --what step"""
-    from sparsedm import bench as benches
+    """Measure this machine: what packing gains, what masks cost. Example: python -m sparsedm bench --what layers"""
+    from sparsedm import bench as training
+    from sparsedm import speed
 
-    if what not in benches.BENCHES:
-        raise ValueError(f"unknown benchmark {what!r}; known: {', '.join(benches.BENCHES)}")
-    text = json.dumps(benches.BENCHES[what](), indent=2)
+    names, kinds, counts = models.split(","), dtypes.split(","), [int(n) for n in threads.split(",") if n]
+    if what == "layers":
+        rows = speed.measure_layers(kinds, counts)
+    elif what == "step":
+        rows = speed.measure_steps(names, [int(n) for n in batches.split(",")], kinds, counts, compile)
+    elif what in ("train-step", "masks"):
+        rows = None
+        result = training.train_step() if what == "train-step" else training.masks()
+    else:
+        raise ValueError(f"unknown benchmark {what!r}; known: step, layers, train-step, masks")
+    if rows is not None:
+        result = {**speed.machine(), "rows": []}
+        for row in rows:
+            result["rows"].append(row)
+            print(speed.line(row), flush=True)
+    text = json.dumps(result, indent=1)
+    if rows is None:
+        print(text)
     if output:
         output.write_text(text + "\n")
-    print(text)
+        if rows is not None:
+            from sparsedm import plots
+
+            plots.speed(result).savefig(output.with_suffix(".png"), dpi=150)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A bundled model's name or a model folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write, for onnx the file; an earlier one is replaced.")],
+    format: Annotated[
+        str, typer.Option(help="diffusers (a folder with the zeros in place), packed (a folder without them) or onnx.")
+    ] = "diffusers",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16 (folders only); packed: float16, else float32.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="A fixed batch size, for onnx; otherwise it is dynamic.")] = None,
+) -> None:
+    """Write a model for other programs. Example: python -m sparsedm export glyphs-unet-2x4 unet.onnx --format onnx"""
+    import sparsedm.export
+
+    sparsedm.export.write(sparsedm.load(model), out, format, dtype, batch=batch)
+    print(f"{out} written, as {format}")
 
 
 def main() -> None:
     """Run the command; an error is one readable line and exit code 1."""
     try:
         app()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(1) from error
 

@@ -54,17 +54,19 @@ def _call(model: nn.Module, inputs, note: Callable, observer: AbstractContextMan
 
 
 def example_inputs(model: nn.Module, batch: int = 1) -> dict[str, torch.Tensor]:
-    """Zeros of the shapes that a 2-D diffusers denoiser takes: sample, timestep, class labels or text if it has them."""
+    """Zeros as a 2-D diffusers denoiser takes them, in its dtype and on its device: sample, timestep, class labels or text."""
     config = getattr(model, "config", None)
     size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
     if size is None or channels is None:
         raise ValueError(f"{type(model).__name__} has no config.sample_size and in_channels; pass inputs={{...}}")
     height, width = (size, size) if isinstance(size, int) else size
-    inputs = {"sample": torch.zeros(batch, channels, height, width), "timestep": torch.zeros(batch, dtype=torch.long)}
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    label = like.new_zeros(batch, dtype=torch.long)
+    inputs = {"sample": like.new_zeros(batch, channels, height, width), "timestep": label}
     if null_label(model) is not None:
-        inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
+        inputs["class_labels"] = label
     if getattr(config, "context_dim", None):
-        inputs["encoder_hidden_states"] = torch.zeros(batch, config.context_tokens, config.context_dim)
+        inputs["encoder_hidden_states"] = like.new_zeros(batch, config.context_tokens, config.context_dim)
     return inputs
 
 

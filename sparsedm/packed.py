@@ -5,16 +5,19 @@ layers back, bit for bit. `sparsedm.report` tells which layers are packed, and w
 """
 
 import copy
-import functools
+import math
+import types
+import zlib
 
 import torch
 from torch import nn
 
-from . import dryrun, kernels, latency, layers, nm, packing
+from . import dryrun, kernels, layers, nm, packing, semi_structured, tuning
 from .nm import NMPattern
+from .semi_structured import SemiStructuredLayer
 
 BACKENDS = ("auto", "kernel")
-FASTER = 1.1  # "auto" packs a layer whose kernel beats the dense one by this: short timings are noisy
+FASTER = 1.02  # "auto" packs a layer whose kernel is faster by this: it saves memory, too
 WHOLE_FASTER = 1.03  # and keeps a model packed that gains this much as a whole
 
 
@@ -28,13 +31,23 @@ class _PackedLayer(nn.Module):
         self.register_buffer("values", values)
         self.register_buffer("positions", positions)
         self.register_buffer("bias", None if plain.bias is None else plain.bias.detach().clone())
+        self._bfloat = not kernels.why_not(math.prod(self.weight_shape[1:]), self.weight_shape[0], self.pattern.n, torch.bfloat16)
+        self.times: tuning.Times | None = None  # what "auto" measured
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("packed layers have no gradient: sample under torch.no_grad(), or train before sparsedm.pack")
+        axis, inputs = self._channels, self.weight_shape[1]
+        if x.dim() < -axis or x.shape[axis] != inputs:
+            raise ValueError(f"{type(self).__name__} takes {inputs} inputs along axis {axis}, not x {list(x.shape)}")
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        wanted = torch.get_autocast_dtype(x.device.type) if autocast else self.values.dtype
+        dtype = torch.bfloat16 if wanted == torch.bfloat16 and self._bfloat else torch.float32  # that for float16, too
         # Compilers and the meta device need the operators; without them a call takes some microseconds less.
         traced = x.device.type != "cpu" or torch.compiler.is_compiling()
-        return self._run(torch.ops.sparsedm if traced else kernels, x.float()).to(x.dtype)  # in float32 under autocast too
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y = self._run(torch.ops.sparsedm if traced else kernels, x.to(dtype), self.values.to(dtype), bias)
+        return y.to(wanted if autocast else x.dtype)
 
     def dense_weight(self) -> torch.Tensor:
         """The weight [out, in, ...] with its zeros."""
@@ -47,12 +60,14 @@ class _PackedLayer(nn.Module):
 class PackedLinear(_PackedLayer):
     """`nn.Linear` with a packed weight."""
 
+    _channels = -1
+
     def __init__(self, plain: nn.Linear, pattern: NMPattern | str):
         super().__init__(plain, pattern)
         self.in_features, self.out_features = plain.in_features, plain.out_features
 
-    def _run(self, operators, x: torch.Tensor) -> torch.Tensor:
-        return operators.nm4_linear(x, self.values, self.positions, self.bias)
+    def _run(self, operators, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return operators.nm4_linear(x, values, self.positions, bias)
 
     def plain(self) -> nn.Linear:
         """The same layer unpacked."""
@@ -62,13 +77,15 @@ class PackedLinear(_PackedLayer):
 class PackedConv2d(_PackedLayer):
     """`nn.Conv2d` with a packed weight; one stride and zero padding for both axes."""
 
+    _channels = -3
+
     def __init__(self, plain: nn.Conv2d, pattern: NMPattern | str):
         super().__init__(plain, pattern)
         self.kernel_size, self.stride, self.padding = plain.kernel_size, plain.stride, plain.padding
 
-    def _run(self, operators, x: torch.Tensor) -> torch.Tensor:
+    def _run(self, operators, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         kernel, stride, padding = list(self.kernel_size), self.stride[0], self.padding[0]
-        return operators.nm4_conv2d(x, self.values, self.positions, self.bias, kernel, stride, padding)
+        return operators.nm4_conv2d(x, values, self.positions, bias, kernel, stride, padding)
 
     def plain(self) -> nn.Conv2d:
         """The same layer unpacked."""
@@ -108,31 +125,55 @@ def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: dic
     plain = copy.deepcopy(model) if auto else None
     for name, pattern in patterns.items():
         module = model.get_submodule(name)
-        reason = why_not(module, pattern)
+        reason, found = why_not(module, pattern), None
         if not reason and name in shapes:
-            gain = _measured_gain(_key(module), pattern, (batch, *shapes[name][1:]), torch.get_num_threads())
-            reason = "" if gain >= FASTER else f"its packed kernel is no faster here ({gain:.2f}x)"
+            found = _times(module, pattern, (batch, *shapes[name][1:]))
+            reason = "" if found.gain >= FASTER else f"its packed kernel is no faster here ({found})"
         module.dense_reason = reason
         if not reason:
-            _replace(model, name, _PACKED_CLASS[type(module)](module, pattern))
+            layer = packed_layer(module, pattern)
+            layer.times = found
+            _replace(model, name, layer)
     if auto and any(map(is_packed, model.modules())):
         _unpack_if_slower(model, plain, inputs or dryrun.example_inputs(model, batch))
+    if any(map(is_packed, model.modules())) and hasattr(model, "save_pretrained"):
+        model.save_pretrained = types.MethodType(_save_unpacked, model)
     return model
 
 
-def _unpack_if_slower(model: nn.Module, plain: nn.Module, inputs: dict[str, torch.Tensor], rounds: int = 7) -> None:
+def _save_unpacked(self: nn.Module, save_directory, **kwargs) -> None:
+    """diffusers' save_pretrained on an unpacked copy: the folder that any tool reads."""
+    unpack(copy.deepcopy(self)).save_pretrained(save_directory, **kwargs)
+
+
+def _unpack_if_slower(model: nn.Module, plain: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
     """Layers that win alone may lose together: caches are cold within a model, and small layers cost overhead."""
-    with torch.no_grad():
-        timings = latency.interleaved({"dense": lambda: plain(**inputs), "packed": lambda: model(**inputs)}, rounds=rounds)
-    gain = latency.ratio(timings, "dense", "packed")
-    if gain < WHOLE_FASTER:
-        names = [name for name, module in model.named_modules() if is_packed(module)]
+    names = [name for name, module in model.named_modules() if is_packed(module)]
+    shapes = [(name, tuple(p.shape), p.dtype) for name, p in plain.named_parameters()]
+    key = (
+        type(model).__name__,
+        *{str(p.device) for p in plain.parameters()},
+        zlib.crc32(repr((shapes, names)).encode()),
+        *((k, tuple(v.shape)) for k, v in inputs.items()),
+    )
+    found = tuning.times(key, lambda: {"dense": lambda: plain(**inputs), "packed": lambda: model(**inputs)}, rounds=7)
+    if found.gain < WHOLE_FASTER:
         unpack(model)
         for name in names:
-            model.get_submodule(name).dense_reason = f"the whole model is no faster packed ({gain:.2f}x)"
+            model.get_submodule(name).dense_reason = f"the whole model is no faster packed ({found})"
 
 
 _PACKED_CLASS = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
+
+
+def packed_layer(plain: nn.Linear | nn.Conv2d, pattern: NMPattern | str) -> nn.Module:
+    """The packed form of one layer, for its device. Raises ValueError if it is not `pattern` sparse, or no kernel serves it."""
+    if plain.weight.is_cuda:
+        return SemiStructuredLayer(plain, pattern)
+    reason = why_not(plain, NMPattern.parse(pattern))
+    if reason:
+        raise ValueError(f"{type(plain).__name__} cannot be packed: {reason}")
+    return _PACKED_CLASS[type(plain)](plain, pattern)
 
 
 def why_not(module: nn.Module, pattern: NMPattern) -> str:
@@ -140,13 +181,16 @@ def why_not(module: nn.Module, pattern: NMPattern) -> str:
     weight = module.weight
     if type(module) not in _PACKED_CLASS:
         return f"no packed kernel for {type(module).__name__}"
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return f"no packed kernel for {weight.dtype} on {weight.device.type}"
-    if pattern.m != 4 or weight.shape[1] % 4 or not kernels.serves(weight[0].numel(), pattern.n):
+    if weight.is_cuda:
+        return semi_structured.why_not(module, pattern)
+    if weight.device.type != "cpu":
+        return f"no packed kernel on {weight.device.type}"
+    if pattern.m != 4 or weight.shape[1] % 4:
         return f"no packed kernel for {pattern} with {weight.shape[1]} inputs"
     if isinstance(module, nn.Conv2d) and not _plain_convolution(module):
         return "no packed kernel for grouped, dilated, padded or strided in other ways than zeros and one number"
-    return "" if kernels.available() else "no C++ compiler for the packed kernels"
+    compute = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+    return kernels.why_not(weight[0].numel(), len(weight), pattern.n, compute)
 
 
 def _plain_convolution(conv: nn.Conv2d) -> bool:
@@ -161,16 +205,19 @@ def _key(module: nn.Linear | nn.Conv2d) -> tuple:
     return nn.Conv2d, module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding
 
 
-@functools.cache
-def _measured_gain(key: tuple, pattern: NMPattern, shape: tuple[int, ...], threads: int, rounds: int = 9) -> float:
-    """Time of the dense layer over that of the packed one, for x of `shape` on this machine with `threads`."""
-    cls, *sizes = key
-    dense = cls(*sizes)
-    with torch.no_grad():
+def _times(module: nn.Linear | nn.Conv2d, pattern: NMPattern, shape: tuple[int, ...]) -> tuning.Times:
+    """Times of a layer like this one, dense and packed, for x of `shape`."""
+    (cls, *sizes), weight = _key(module), module.weight
+    device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type
+
+    def variants():
+        dense = cls(*sizes).to(weight)
         dense.weight.copy_(nm.masked(dense.weight, nm.mask(dense.weight, pattern)))
-        packed, x = _PACKED_CLASS[cls](dense, pattern), torch.randn(shape)
-        timings = latency.interleaved({"dense": lambda: dense(x), "packed": lambda: packed(x)}, rounds=rounds)
-    return latency.ratio(timings, "dense", "packed")
+        packed, x = packed_layer(dense, pattern), torch.randn(shape).to(weight)
+        return {"dense": lambda: dense(x), "packed": lambda: packed(x)}
+
+    with torch.no_grad():
+        return tuning.times((cls.__name__, *sizes, pattern, weight.dtype, device, shape), variants)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -180,11 +227,12 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def unpack(model: nn.Module) -> nn.Module:
     """Back to plain layers with the same weights, bit for bit, in place; returns the model."""
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, _PackedLayer)]:
+    for name, module in [(n, m) for n, m in model.named_modules() if is_packed(m)]:
         _replace(model, name, module.plain())
+    model.__dict__.pop("save_pretrained", None)
     return model
 
 
 def is_packed(module: nn.Module) -> bool:
     """Whether `module` is a packed layer."""
-    return isinstance(module, _PackedLayer)
+    return isinstance(module, (_PackedLayer, SemiStructuredLayer))

@@ -83,3 +83,23 @@ def rows(pictures: Mapping[str, torch.Tensor], *, ink: str = INK):
         ax.spines[:].set_visible(False)
     plt.close(figure)
     return figure
+
+
+def speed(result: Mapping):
+    """A matplotlib figure of `speed.measure_layers` or `measure_steps`: how many times faster packed is, bar by bar."""
+    import matplotlib.pyplot as plt
+
+    lines = result["rows"]
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.34 * len(lines)), layout="constrained")
+    names = [f"{row['what']} ({row['dtype']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''})" for row in lines]
+    places = np.arange(len(lines))
+    axes.barh(places - 0.17, [row["speedup_over_eager"] for row in lines], 0.3, color="#c9b8a8", label="over eager PyTorch")
+    bars = axes.barh(places + 0.17, [row["speedup"] for row in lines], 0.3, color=SPARSE_INK, label="over the fastest dense way")
+    axes.bar_label(bars, [f"{row['speedup']:.2f}" for row in lines], padding=3, fontsize=8)
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set(yticks=places, yticklabels=names, xlabel="times faster, packed 2:4")
+    axes.invert_yaxis()
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, 1.0 + 0.5 / len(lines) + 0.06), ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)
+    return figure

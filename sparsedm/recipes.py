@@ -57,7 +57,7 @@ _TUNE = {
         "batch_size": 32,
         "mixed_precision": "bf16",
     },
-    "unet": {**_TEACH, "lr": 5e-4, "warmup": 100, "steps": 2500, "batch_size": 64},
+    "unet": {**_TEACH, "lr": 1e-3, "warmup": 100, "steps": 5000, "batch_size": 64},
 }
 
 

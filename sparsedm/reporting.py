@@ -14,7 +14,8 @@ from .packed import is_packed
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer: its state is "sparse-training", "folded", "packed" or "dense"; `note` says why it is dense or not packed.
+    """One layer: its state is "sparse-training", "folded", "packed" or "dense"; `note` says why it is dense or not packed, or
+    how long it takes packed and dense.
 
     `mac_share` is the layer's share (0 to 1) of the model's dense MACs; None if they could not be counted.
     """
@@ -95,12 +96,12 @@ def _row(name: str, module: nn.Module, pattern: nm.NMPattern | None, counts: mac
     if counts:
         layer = counts.by_name.get(name)
         share = layer.dense / counts.dense if layer else 0.0
-    return LayerRow(name, shape, str(pattern or ""), state, share, note if state in ("dense", "folded") else "")
+    return LayerRow(name, shape, str(pattern or ""), state, share, "" if state == "sparse-training" else note)
 
 
 def _note(model: nn.Module, name: str, module: nn.Module, pattern: nm.NMPattern | None) -> str:
     """Why a layer is dense or not packed: as noted when it was left so, or by the rules, for a model read from a file."""
-    noted = getattr(module, "dense_reason", "")
+    noted = str(module.times or "") if is_packed(module) else getattr(module, "dense_reason", "")
     if noted or pattern is None or is_packed(module):
         return noted
     return why_dense(name, module, pattern, ("*",), DEFAULT_EXCLUDE.get(type(model).__name__, ())) or ""

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sparsedm import bench
+from sparsedm import bench, kernels, speed
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -25,7 +25,7 @@ def test_info_shows_layers_patterns_and_macs():
     [
         (("info", "nothing"), "error: unknown model 'nothing'; bundled: glyph-classifier, glyphs-"),
         (("reproduce", "nothing"), "error: unknown recipe 'nothing'; known: glyph-classifier"),
-        (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: step, train-step"),
+        (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: step, layers, train-step"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_1(arguments, message):
@@ -40,7 +40,7 @@ def test_reproduce_lists_recipes():
 
 def test_every_command_has_help_with_an_example():
     commands = re.findall(r"│ (\w+) ", run("--help").stdout)
-    assert {"reproduce", "info", "bench", "compare"} <= set(commands)
+    assert {"reproduce", "info", "bench", "compare", "export"} <= set(commands)
     assert all("python -m sparsedm" in run(command, "--help").stdout for command in commands if command != "Options")
 
 
@@ -55,8 +55,22 @@ def test_mask_benchmark_covers_every_way():
     assert set(table["64x64 2:4"]) == {"pairs", "selection", "sorting"}
 
 
+@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
 def test_step_benchmark_compares_dense_and_packed():
-    result = bench.step(models=("glyphs-uvit",), batches=(2,), compiled=False, rounds=3)
-    row = result["glyphs-uvit, batch 2"]
-    assert row["dense"] > 0 and row["packed"] > 0 and 0 <= row["macs_skipped"] < 0.5
-    assert bench.step_words(result).count("\n| glyphs-uvit, batch 2 |") == 1
+    rows = list(speed.measure_steps(("glyphs-uvit",), (2,), threads=(1,), compiled=False, rounds=3))
+    assert [row["what"] for row in rows] == ["glyphs-uvit, batch 2"]
+    (row,) = json.loads(json.dumps(rows))
+    assert {"dense", "dense, oneDNN", "packed"} <= set(row["ms"]) and all(value > 0 for value in row["ms"].values())
+    assert row["ms"][row["fastest_dense"]] == min(value for name, value in row["ms"].items() if name != "packed")
+    assert 0 <= row["macs_skipped"] < 0.5 and 0.5 < row["weight_bytes"] <= 1
+    assert "glyphs-uvit, batch 2" in speed.words({"rows": rows})
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+def test_layer_benchmark_is_written_and_drawn(tmp_path):
+    file = tmp_path / "layers.json"
+    done = run("bench", "--what", "layers", "--threads", "1", "--output", str(file))
+    rows = json.loads(file.read_text())["rows"]
+    assert done.stdout.count("\n") == len(rows) == len(speed.LINEAR) + len(speed.CONVOLUTION)
+    assert all(row["speedup_over_eager"] > 0.3 and row["threads"] == 1 for row in rows)
+    assert file.with_suffix(".png").stat().st_size > 10_000

@@ -1,7 +1,7 @@
 """How packed layers run: custom operators `torch.ops.sparsedm.nm4_linear` and `nm4_conv2d`, seen by torch.compile and export.
 
-Both compute in float32 on the CPU. Weights are values [out, inputs / 4 * N] and two-bit positions (uint8) as `packing.pack`
-makes them; everything is checked before a kernel runs.
+Both compute on the CPU, in float32 or in bfloat16 with float32 sums. Weights are values [out, inputs / 4 * N] and two-bit
+positions (uint8) as `packing.pack` makes them; everything is checked before a kernel runs.
 """
 
 import torch
@@ -15,14 +15,23 @@ _definitions.define(
 )
 
 
-def available() -> bool:
-    """Whether the CPU kernels are compiled, compiling them if need be."""
-    return library() is not None
+def available(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether there are CPU kernels for `dtype`: float32, or bfloat16 on CPUs with AVX512-BF16. Compiles them if need be."""
+    kernels = library()
+    return kernels is not None and (dtype == torch.float32 or (dtype == torch.bfloat16 and bool(kernels.sparsedm_has_bfloat())))
 
 
-def serves(inputs: int, kept: int) -> bool:
-    """Whether the kernels take rows of `inputs` (channels * kernel size) with `kept` of every 4 nonzero."""
-    return kept in (1, 2, 3) and inputs % 4 == 0 and inputs * kept % 16 == 0
+def why_not(inputs: int, outputs: int, kept: int, dtype: torch.dtype) -> str:
+    """Why no kernel takes `outputs` rows of `inputs` (channels * kernel size) with `kept` of every 4 nonzero, or ""."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"no packed kernel for {dtype}"
+    if kept not in (1, 2, 3) or inputs % 4 or inputs * kept % 16:
+        return f"no packed kernel for {kept}:4 of {inputs} inputs"
+    if dtype == torch.bfloat16 and (kept != 2 or outputs % 2):
+        return f"no packed bfloat16 kernel for {kept}:4 and {outputs} outputs"
+    if library() is None:
+        return "no C++ compiler for the packed kernels"
+    return "" if available(dtype) else "no bfloat16 instructions (AVX512-BF16) for the packed kernels"
 
 
 def nm4_linear(x: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -31,6 +40,8 @@ def nm4_linear(x: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, b
     Raises:
         ValueError: another dtype or device, shapes that do not fit, or no kernels on this machine.
     """
+    if x.dim() < 1:
+        raise ValueError("x is [..., in], not a number")
     inputs, outputs = x.shape[-1], len(values)
     kept = _check(x, values, positions, bias, inputs)
     y = x.new_empty(*x.shape[:-1], outputs)
@@ -52,8 +63,10 @@ def nm4_conv2d(
     Raises:
         ValueError: another dtype or device, shapes that do not fit, or no kernels on this machine.
     """
-    if x.dim() != 4:
-        raise ValueError(f"x is [B, C, H, W], not {list(x.shape)}")
+    if x.dim() != 4 or x.shape[1] % 4:
+        raise ValueError(f"x is [B, C, H, W] with C a multiple of 4, not {list(x.shape)}")
+    if len(kernel) != 2 or min(*kernel, stride, padding + 1) < 1:
+        raise ValueError(f"kernel {kernel}, stride {stride} and padding {padding} are no convolution")
     images, channels, height, width = x.shape
     kept = _check(x, values, positions, bias, channels * kernel[0] * kernel[1])
     y = _conv_shape(x, values, positions, bias, kernel, stride, padding)
@@ -64,23 +77,28 @@ def nm4_conv2d(
 
 def _check(x, values, positions, bias, inputs: int) -> int:
     """Kept weights per group of 4, or a ValueError."""
+    if values.dim() != 2:
+        raise ValueError(f"values are [out, kept inputs], not {list(values.shape)}")
     tensors = [t for t in (x, values, bias) if t is not None]
-    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors) or positions.dtype != torch.uint8:
-        raise ValueError("the packed kernels compute in float32 on the CPU, with uint8 positions")
+    if any(t.dtype != x.dtype or t.device.type != "cpu" for t in tensors) or positions.dtype != torch.uint8:
+        raise ValueError("the packed kernels take x, values and bias of one dtype, and uint8 positions, on the CPU")
     kept = values.shape[1] * 4 // inputs if inputs else 0
-    fits = serves(inputs, kept) and values.shape[1] * 4 == inputs * kept and positions.numel() * 4 == values.numel()
+    reason = why_not(inputs, len(values), kept, x.dtype)
+    if reason:
+        raise ValueError(f"{reason}; sparsedm.unpack gives plain layers")
+    fits = values.shape[1] * 4 == inputs * kept and positions.numel() * 4 == values.numel()
     if not fits or (bias is not None and bias.shape != (len(values),)):
         raise ValueError(f"x {list(x.shape)}, values {list(values.shape)} and {positions.numel()} bytes of positions do not fit")
     return kept
 
 
 def _call(name: str, tensors: tuple[torch.Tensor | None, ...], *sizes: int) -> None:
-    kernels = library()
-    if kernels is None:
-        raise ValueError("the packed kernels are not available here; sparsedm.unpack gives plain layers")
-    tensors = [None if t is None else t.contiguous() for t in tensors]  # kept alive during the call
-    if getattr(kernels, name)(*(None if t is None else t.data_ptr() for t in tensors), *sizes):
-        raise MemoryError(f"{name} could not allocate its panels for x {list(tensors[0].shape)}")
+    x, values, positions, bias, y = tensors
+    bias = None if bias is None else bias.float()  # as the sums
+    tensors = [None if t is None else t.contiguous() for t in (x, values, positions, bias, y)]  # kept alive during the call
+    pointers = (None if t is None else t.data_ptr() for t in tensors)
+    if getattr(library(), name)(*pointers, x.dtype == torch.bfloat16, *sizes):
+        raise MemoryError(f"{name} could not allocate its panels for x {list(x.shape)}")
 
 
 def _linear_shape(x, values, positions, bias):

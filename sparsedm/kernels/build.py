@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import threading
@@ -17,6 +18,7 @@ SOURCE = Path(__file__).with_name("nm_kernels.cpp")
 # torch has loaded its OpenMP runtime under the same name, so -fopenmp links to that one and torch.set_num_threads holds.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
 DISABLE = "SPARSEDM_NO_KERNELS"
+EXTRA_FLAGS = "SPARSEDM_KERNEL_FLAGS"  # more compiler flags, as for a sanitizer
 _lock = threading.Lock()
 
 
@@ -42,8 +44,8 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
-    kernels.sparsedm_nm4_linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
-    kernels.sparsedm_nm4_conv2d.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 10
+    kernels.sparsedm_nm4_linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5
+    kernels.sparsedm_nm4_conv2d.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 11
     return kernels
 
 
@@ -55,11 +57,12 @@ def cache_folder() -> Path:
 def _compiled(compiler: str) -> Path:
     """The shared library for this source, compiler and CPU."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = "\0".join([SOURCE.read_text(), version, *FLAGS, _cpu()])
+    flags = [*FLAGS, *shlex.split(os.environ.get(EXTRA_FLAGS, ""))]
+    key = "\0".join([SOURCE.read_text(), version, *flags, _cpu()])
     path = cache_folder() / f"nm-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         with replacing(path) as temporary:
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)]
+            command = [compiler, *flags, str(SOURCE), "-o", str(temporary)]
             subprocess.run(command, capture_output=True, text=True, check=True)
     return path
 

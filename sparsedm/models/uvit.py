@@ -186,8 +186,8 @@ class UViTModel(ModelMixin, ConfigMixin):
     def _unpatchify(self, x: torch.Tensor) -> torch.Tensor:
         """[B, L, p * p * C], channel fastest, to [B, C, H, W]."""
         p, side = self.config.patch_size, self.config.sample_size // self.config.patch_size
-        x = x.view(len(x), side, side, p, p, self.config.in_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, side * p, side * p)
+        x = x.view(x.shape[0], side, side, p, p, self.config.in_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, side * p, side * p)
 
 
 def _init_linear(module: nn.Module) -> None:

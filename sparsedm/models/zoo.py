@@ -1,5 +1,6 @@
 """Named models: the papers' configurations with their published figures, and the checkpoints that ship with the package."""
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import layers, nm, packing
 from ..files import replacing_folder
+from ..packed import is_packed, unpack
 from . import classifier, uvit
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -133,11 +135,15 @@ def save(
 ) -> None:
     """Write `load`'s folder, whole or not at all: config, weights, and `card` as README.md.
 
-    Weights are written as `dtype`, or as they are; those of sparse-training layers are folded, the model is not touched.
+    Weights are written as `dtype`, or as they are; those of sparse-training layers are folded, those of
+    packed layers unpacked; the model is not touched.
     With `packed` the N:M sparse ones are written without their zeros (packing.py), else as diffusers does.
     """
+    _check_replaceable(Path(folder))
     if any(True for _ in layers.nm_layers(model)):
         model = layers.folded(model)
+    if any(map(is_packed, model.modules())):
+        model = unpack(copy.deepcopy(model))
     with replacing_folder(folder) as temporary:
         model.save_config(temporary)
         weights = {k: v.detach().to(dtype if v.is_floating_point() else None).contiguous() for k, v in model.state_dict().items()}
@@ -147,6 +153,14 @@ def save(
             save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
         if card:
             (temporary / "README.md").write_text(card)
+
+
+def _check_replaceable(folder: Path) -> None:
+    others = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, PACKED, "README.md"} if folder.is_dir() else set()
+    if others or (folder.exists() and not folder.is_dir()):
+        raise ValueError(
+            f"{folder} is in the way and is no model folder (it holds {', '.join(sorted(others)[:3])}); name a new one"
+        )
 
 
 def save_packed(model: ModelMixin, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:

@@ -1,0 +1,178 @@
+"""Dense against packed on this machine, layer by layer and whole sampling steps, as ratios of interleaved runs.
+
+The dense side is the fastest of what PyTorch offers: eager, channels-last, compiled, and through oneDNN
+(`torch.utils.mkldnn.to_mkldnn`), whose linear layers beat the default ones on CPUs that MKL serves badly.
+"""
+
+import copy
+import itertools
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.utils import mkldnn
+
+from . import dryrun, latency, layers, macs, nm, packed
+from .models import zoo
+
+# Those of U-ViT-S/2 (1,028 tokens: four CIFAR-10 pictures) and of UNets with four pictures.
+LINEAR = ((512, 2048), (2048, 512), (512, 1536))
+CONVOLUTION = ((128, 128, 3, 32), (256, 256, 3, 16), (256, 256, 3, 8), (256, 256, 1, 16))
+TOKENS, IMAGES = 1028, 4
+
+
+def machine() -> dict:
+    """What the times depend on."""
+    return {"machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
+            "threads": torch.get_num_threads()}  # fmt: skip
+
+
+def all_threads() -> tuple[int, ...]:
+    """One thread, and as many as torch takes by default."""
+    return tuple(sorted({1, torch.get_num_threads()}))
+
+
+def measure_layers(
+    dtypes: Sequence[str] = ("float32", "bfloat16"), threads: Sequence[int] = (), rounds: int = 21
+) -> Iterator[dict]:
+    """Times of single 2:4 layers with random weights, one row each."""
+    for count, name in itertools.product(threads or all_threads(), dtypes):
+        with _threads(count):
+            for layer, x in _layers(getattr(torch, name)):
+                packed_layer = packed.packed_layer(layer, "2:4")
+                variants = {**_dense_variants(layer, (x,)), "packed": packed_layer}
+                row = _row(variants, lambda model, x=x: model(x), rounds)
+                yield {"what": _title(layer, x), "threads": count, "dtype": name, **row}
+
+
+def _layers(dtype: torch.dtype) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for inputs, outputs in LINEAR:
+        yield _sparse(nn.Linear(inputs, outputs)).to(dtype), torch.randn(TOKENS, inputs, generator=generator).to(dtype)
+    for inputs, outputs, kernel, size in CONVOLUTION:
+        conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+        yield _sparse(conv).to(dtype), torch.randn(IMAGES, inputs, size, size, generator=generator).to(dtype)
+
+
+def _sparse(layer: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        layer.weight.copy_(nm.masked(layer.weight, nm.mask(layer.weight, "2:4")))
+    return layer.eval()
+
+
+def _title(layer: nn.Module, x: torch.Tensor) -> str:
+    if isinstance(layer, nn.Linear):
+        return f"linear {layer.in_features}x{layer.out_features}, {len(x):,} tokens"
+    kernel = "x".join(map(str, layer.kernel_size))
+    return f"conv {kernel} {layer.in_channels}x{layer.out_channels}, {len(x)} maps of {x.shape[2]}x{x.shape[3]}"
+
+
+def measure_steps(
+    models: Sequence[str] = ("glyphs-uvit", "glyphs-unet"),
+    batches: Sequence[int] = (1, 4, 16),
+    dtypes: Sequence[str] = ("float32",),
+    threads: Sequence[int] = (),
+    compiled: bool = True,
+    rounds: int = 15,
+) -> Iterator[dict]:
+    """Times of one sampling step, one row per model, batch, dtype and number of threads.
+
+    Bundled models are compared with their 2:4 student; the papers' configurations get random weights, one-shot masked, which
+    take the same time.
+    """
+    for name, dtype, count, batch in itertools.product(models, dtypes, threads or all_threads(), batches):
+        with _threads(count):
+            dense, fast = _pair(name, getattr(torch, dtype), batch)
+            inputs = _random(dryrun.example_inputs(dense, batch))
+            variants = {**_dense_variants(dense, tuple(inputs.values())), "packed": fast}
+            if compiled:
+                variants |= {f"{key}, compiled": torch.compile(variants[key]) for key in ("dense", "packed")}
+            row = _row(variants, lambda model, inputs=inputs: model(**inputs), rounds)
+            skipped = 1 - macs.count(fast).executed / macs.count(dense).dense
+            bytes_left = _bytes(fast) / _bytes(dense)
+            what = f"{name}, batch {batch}"
+            yield {"what": what, "threads": count, "dtype": dtype, **row, "macs_skipped": skipped, "weight_bytes": bytes_left}
+            torch.compiler.reset()
+
+
+def _pair(name: str, dtype: torch.dtype, batch: int) -> tuple[nn.Module, nn.Module]:
+    if name in zoo.bundled():
+        dense, sparse = zoo.load(name).to(dtype), zoo.load(f"{name}-2x4").to(dtype)
+    else:
+        dense = zoo.build(name).to(dtype)
+        sparse = layers.fold(layers.sparsify(copy.deepcopy(dense), "2:4"))
+    return dense, packed.pack(sparse, batch=batch)
+
+
+def _random(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Numbers instead of zeros, whose products some processors compute faster."""
+    return {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def _dense_variants(model: nn.Module, inputs: Iterable[torch.Tensor]) -> dict[str, nn.Module]:
+    variants = {"dense": model}
+    if any(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in model.modules()):
+        variants["dense, channels last"] = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    converted = mkldnn.to_mkldnn(copy.deepcopy(model), next(model.parameters()).dtype)
+    try:
+        with torch.no_grad():
+            converted(*inputs)
+        variants["dense, oneDNN"] = converted
+    except (RuntimeError, AttributeError):  # a model that looks at its layers' weights
+        pass
+    return variants
+
+
+def _row(variants: Mapping[str, nn.Module], call, rounds: int) -> dict:
+    """Milliseconds (median and quartiles) of every variant; `speedup` is the fastest dense over the fastest packed."""
+    with torch.no_grad():
+        timings = latency.interleaved({name: lambda m=model: call(m) for name, model in variants.items()}, rounds=rounds)
+    fastest = {
+        side: min((k for k in timings if k.startswith(side)), key=lambda k: timings[k].median) for side in ("dense", "packed")
+    }
+    return {
+        "ms": {name: timing.median * 1e3 for name, timing in timings.items()},
+        "quartiles": {name: [seconds * 1e3 for seconds in timing.spread] for name, timing in timings.items()},
+        "fastest_dense": fastest["dense"],
+        "speedup": latency.ratio(timings, fastest["dense"], fastest["packed"]),
+        "speedup_over_eager": latency.ratio(timings, "dense", "packed"),
+    }
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+class _threads:
+    """So many threads within the block."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __enter__(self):
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.count)
+
+    def __exit__(self, *_):
+        torch.set_num_threads(self.before)
+
+
+HEAD = ("", "dtype", "threads", "dense ms", "fastest dense ms", "packed ms", "over eager", "over the fastest")
+
+
+def line(row: Mapping) -> str:
+    """One row of `words`."""
+    best = min(value for name, value in row["ms"].items() if name.startswith("packed"))
+    fastest = row["fastest_dense"]
+    cells = (
+        row["what"], row["dtype"], row["threads"], f"{row['ms']['dense']:.2f}",
+        f"{row['ms'][fastest]:.2f} ({fastest.removeprefix('dense').lstrip(', ') or 'eager'})", f"{best:.2f}",
+        f"{row['speedup_over_eager']:.2f}x", f"**{row['speedup']:.2f}x**",
+    )  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def words(result: Mapping) -> str:
+    """The outcome as a Markdown table."""
+    return "\n".join([f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|", *map(line, result["rows"])])

@@ -1,0 +1,474 @@
+"""The packed kernels through their operators and layers: right for any shape, layout and thread, and never out of bounds."""
+
+import contextlib
+import copy
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from sparsedm import kernels, nm, packed
+from sparsedm.kernels import build
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler for the packed kernels")
+
+
+class Kind(NamedTuple):
+    """What the kernels of a dtype do."""
+
+    tolerance: float  # error allowed, as a share of what the absolute products add up to
+    patterns: tuple[str, ...] = ("1:4", "2:4", "3:4")
+    outputs: int = 1  # their number is a multiple of this
+
+    def rounded(self, outputs: int) -> int:
+        return -(-outputs // self.outputs) * self.outputs
+
+
+KINDS = {torch.float32: Kind(1e-5)}
+if kernels.available(torch.bfloat16):
+    KINDS[torch.bfloat16] = Kind(2**-8, ("2:4",), 2)
+per_dtype = pytest.mark.parametrize("dtype", KINDS, ids=str)
+per_dtype_and_pattern = pytest.mark.parametrize(("dtype", "pattern"), [(d, p) for d in KINDS for p in KINDS[d].patterns], ids=str)
+
+EXAMPLES = "SPARSEDM_EXAMPLES"  # per property test; the same ones every time
+examples = settings(max_examples=int(os.environ.get(EXAMPLES, 200)), derandomize=True, deadline=None, database=None)
+
+DTYPES = st.sampled_from([*KINDS])
+SEEDS = st.integers(0, 2**32 - 1)
+THREADS = st.sampled_from([1, 2, 3])
+
+
+def sparse(layer: nn.Module, pattern: str = "2:4") -> nn.Module:
+    with torch.no_grad():
+        layer.weight.copy_(nm.masked(layer.weight, nm.mask(layer.weight, pattern)))
+    return layer
+
+
+def pack(layer: nn.Module, pattern: str = "2:4") -> nn.Module:
+    return (packed.PackedLinear if isinstance(layer, nn.Linear) else packed.PackedConv2d)(layer, pattern)
+
+
+@torch.no_grad()
+def assert_same(layer: nn.Module, x: torch.Tensor, pattern: str = "2:4", result: torch.Tensor | None = None) -> None:
+    """`result`, by default what the packed `layer` makes of `x`, is what the folded layer makes of it in float64."""
+    result = pack(layer, pattern)(x) if result is None else result
+    exact = copy.deepcopy(layer).double()
+    expected = exact(x.double())
+    for parameter in exact.parameters():
+        parameter.abs_()
+    scale = exact(x.double().abs()).max().item() if x.numel() else 0.0
+    tolerance = KINDS[x.dtype].tolerance
+    assert result.dtype == x.dtype
+    torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance * scale)
+
+
+@contextlib.contextmanager
+def using_threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _strided(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers with others between them that would show."""
+    return torch.stack([x, torch.full_like(x, 255 if x.dtype == torch.uint8 else torch.nan)], -1)[..., 0]
+
+
+def _unaligned(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers side by side, at an address that is a multiple of their size and of no more."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "strided": _strided,
+    "unaligned": _unaligned,
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+CHANNELS_LAST = {"channels last": lambda x: x.to(memory_format=torch.channels_last)}
+
+
+class LinearCase(NamedTuple):
+    dtype: torch.dtype
+    pattern: str
+    inputs: int
+    outputs: int
+    bias: bool
+    leading: tuple[int, ...]
+    layout: str
+    seed: int
+
+    def make(self) -> tuple[nn.Linear, torch.Tensor]:
+        """The folded layer and its input."""
+        torch.manual_seed(self.seed)
+        layer = sparse(nn.Linear(self.inputs, self.outputs, self.bias), self.pattern).to(self.dtype)
+        return layer, LAYOUTS[self.layout](torch.randn(*self.leading, self.inputs, dtype=self.dtype))
+
+
+class ConvolutionCase(NamedTuple):
+    dtype: torch.dtype
+    pattern: str
+    channels: int
+    outputs: int
+    bias: bool
+    kernel: tuple[int, int]
+    stride: int
+    padding: int
+    size: tuple[int, int, int]
+    layout: str
+    seed: int
+
+    def make(self) -> tuple[nn.Conv2d, torch.Tensor]:
+        """The folded layer and its input."""
+        torch.manual_seed(self.seed)
+        layer = nn.Conv2d(self.channels, self.outputs, self.kernel, self.stride, self.padding, bias=self.bias)
+        images, height, width = self.size
+        x = torch.randn(images, self.channels, height, width, dtype=self.dtype)
+        return sparse(layer, self.pattern).to(self.dtype), (LAYOUTS | CHANNELS_LAST)[self.layout](x)
+
+
+@st.composite
+def linear_cases(draw, most_tokens: int = 300) -> LinearCase:
+    dtype = draw(DTYPES)
+    pattern, tokens = draw(st.sampled_from(KINDS[dtype].patterns)), st.integers(0, most_tokens)
+    leading = draw(st.one_of(tokens.map(lambda n: (n,)), st.lists(st.integers(1, 5), max_size=3).map(tuple)))
+    outputs = KINDS[dtype].rounded(draw(st.one_of(st.sampled_from([1, 3, 17, 256, 257]), st.integers(1, 70))))
+    inputs, layout = _channels(draw, pattern, 1, 208), draw(st.sampled_from([*LAYOUTS]))
+    return LinearCase(dtype, pattern, inputs, outputs, draw(st.booleans()), leading, layout, draw(SEEDS))
+
+
+@st.composite
+def convolution_cases(draw, most: int = 19) -> ConvolutionCase:
+    dtype, kernel = draw(DTYPES), draw(st.sampled_from([(1, 1), (3, 3), (1, 3), (5, 5), (2, 2)]))
+    pattern, stride, padding = draw(st.sampled_from(KINDS[dtype].patterns)), draw(st.integers(1, 3)), draw(st.integers(0, 2))
+    height, width = (draw(st.integers(max(1, k - 2 * padding), most)) for k in kernel)
+    channels = _channels(draw, pattern, kernel[0] * kernel[1], 80 if kernel == (1, 1) else 24)
+    outputs = KINDS[dtype].rounded(draw(st.one_of(st.sampled_from([1, 3, 17]), st.integers(1, 70))))
+    size, layout = (draw(st.integers(1, 3)), height, width), draw(st.sampled_from([*LAYOUTS, *CHANNELS_LAST]))
+    bias, seed = draw(st.booleans()), draw(SEEDS)
+    return ConvolutionCase(dtype, pattern, channels, outputs, bias, kernel, stride, padding, size, layout, seed)
+
+
+def _channels(draw, pattern: str, positions: int, most: int) -> int:
+    """A number of channels that the kernels take with so many kernel positions: rows of packed values in fours."""
+    kept = nm.NMPattern.parse(pattern).n
+    return draw(st.sampled_from([n for n in range(4, most + 1, 4) if n * positions * kept % 16 == 0]))
+
+
+@examples
+@given(case=linear_cases(), threads=THREADS)
+def test_linear_equals_the_folded_layer(case, threads):
+    with using_threads(threads):
+        assert_same(*case.make(), case.pattern)
+
+
+@examples
+@given(case=convolution_cases(), threads=THREADS)
+def test_convolution_equals_the_folded_layer(case, threads):
+    with using_threads(threads):
+        assert_same(*case.make(), case.pattern)
+
+
+@per_dtype_and_pattern
+@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 127, 128, 129, 264, 1028])
+def test_linear_at_the_edges_of_blocks(dtype, pattern, tokens):
+    for inputs, outputs, bias in [(16, 1, True), (48, 33, False), (128, 300, True), (80, 16, False)]:
+        layer = sparse(nn.Linear(inputs, KINDS[dtype].rounded(outputs), bias), pattern).to(dtype)
+        assert_same(layer, torch.randn(tokens, inputs, dtype=dtype), pattern)
+
+
+@per_dtype_and_pattern
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 3, 3), (2, 8, 8), (5, 7, 4), (1, 33, 19)], ids=str)
+def test_convolution_at_the_edges_of_blocks_and_images(dtype, pattern, size):
+    images, height, width = size
+    for kernel, stride, padding in [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (3, 3, 2), (5, 1, 2), ((1, 3), 1, 1)]:
+        layer = sparse(nn.Conv2d(16, KINDS[dtype].rounded(37), kernel, stride, padding), pattern).to(dtype)
+        assert_same(layer, torch.randn(images, 16, height, width, dtype=dtype), pattern)
+
+
+def test_convolution_of_no_images_has_none():
+    layer = pack(sparse(nn.Conv2d(16, 8, 3)))
+    assert layer(torch.randn(0, 16, 5, 7)).shape == (0, 8, 3, 5)
+
+
+def operate(packed_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The operator of the layer, called without it."""
+    m = packed_layer
+    if isinstance(m, packed.PackedLinear):
+        return torch.ops.sparsedm.nm4_linear(x, m.values, m.positions, m.bias)
+    kernel, stride, padding = list(m.kernel_size), m.stride[0], m.padding[0]
+    return torch.ops.sparsedm.nm4_conv2d(x, m.values, m.positions, m.bias, kernel, stride, padding)
+
+
+def weight_of(m: nn.Module) -> torch.Tensor:
+    """The dense weight that `values` and `positions` stand for: two bits a position, repeated ones added up."""
+    positions = (m.positions[:, None].long() >> torch.arange(0, 8, 2)) & 3
+    outputs, inputs, *rest = m.weight_shape
+    values = m.values.double().reshape(outputs, -1, m.pattern.n)
+    groups = values.new_zeros(*values.shape[:2], 4).scatter_add_(-1, positions.reshape(values.shape), values)
+    return groups.view(outputs, *rest, inputs).movedim(-1, 1)
+
+
+CASES = st.one_of(linear_cases(), convolution_cases())
+FILLS = {"zeros": lambda p: p.zero_(), "ones": lambda p: p.fill_(255), "random": lambda p: p.random_()}
+
+
+@examples
+@given(case=CASES, fill=st.sampled_from([*FILLS]), layout=st.sampled_from([*LAYOUTS]))
+def test_operators_read_any_bytes_as_two_bit_positions_within_the_group(case, fill, layout):
+    layer, x = case.make()
+    m = pack(layer, case.pattern)
+    FILLS[fill](m.positions)
+    m.values, m.positions = LAYOUTS[layout](m.values), LAYOUTS[layout](m.positions)
+    m.bias = None if m.bias is None else LAYOUTS[layout](m.bias)
+    layer.double().weight.data = weight_of(m)
+    if m.bias is not None:
+        layer.bias.data = m.bias.double()
+    assert_same(layer, x, result=operate(m, x))
+
+
+def _poisoned(x: torch.Tensor, where: torch.Tensor | bool = True) -> torch.Tensor:
+    """x with a few NaN and infinities, at random and only where told."""
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=x.dtype)[torch.randint(3, x.shape)]
+    return torch.where((torch.rand(x.shape) < 0.03) & where, values, x)
+
+
+def _inputs_last(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What every output is computed from, in the order of `weight.flatten(1)`: [tokens or pixels, inputs]."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, layer.in_features)
+    columns = functional.unfold(x, layer.kernel_size, padding=layer.padding, stride=layer.stride)
+    return columns.transpose(1, 2).flatten(0, 1)
+
+
+def _outputs_last(layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    return (y if isinstance(layer, nn.Linear) else y.movedim(1, -1)).reshape(-1, len(layer.weight)).double()
+
+
+SMALL_CASES = st.one_of(linear_cases(most_tokens=20), convolution_cases(most=5))
+
+
+@examples
+@given(case=SMALL_CASES, in_weight=st.booleans())
+@torch.no_grad()
+def test_nan_and_infinity_pass_kept_weights_as_in_dense_and_stop_at_skipped_ones(case, in_weight):
+    layer, x = case.make()
+    layer.weight.mul_(torch.rand(layer.weight.shape) > 0.1)  # so that zeros are kept too: times infinity they are NaN
+    kept = nm.mask(layer.weight, case.pattern)
+    if in_weight:
+        layer.weight.copy_(_poisoned(layer.weight, kept & (layer.weight != 0)))
+    else:
+        x = _poisoned(x)
+    result, exact = pack(layer, case.pattern)(x), copy.deepcopy(layer).double()
+    result, dense = _outputs_last(layer, result), _outputs_last(layer, exact(x.double()))
+    inputs, weight = _inputs_last(layer, x.double()), exact.weight.flatten(1)
+    expected = torch.stack([inputs[:, k] @ w[k] for w, k in zip(weight, kept.flatten(1))], -1)
+    if exact.bias is not None:
+        expected += exact.bias
+    close = {"rtol": KINDS[case.dtype].tolerance, "atol": 10 * KINDS[case.dtype].tolerance, "equal_nan": True}
+    torch.testing.assert_close(result, expected, **close)
+    differs = (~inputs.isfinite()).double() @ (weight == 0).double().T > 0  # dense multiplies what is not finite by a zero
+    torch.testing.assert_close(result[~differs], dense[~differs], **close)
+
+
+@examples
+@given(case=CASES)
+@torch.no_grad()
+def test_results_are_the_same_bits_with_any_number_of_threads(case):
+    layer, x = case.make()
+    m, results = pack(layer, case.pattern), []
+    for threads in (1, 2, 3):
+        with using_threads(threads):
+            results.append(m(x))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@per_dtype
+@torch.no_grad()
+def test_concurrent_calls_give_the_same_bits_as_lone_ones(dtype):
+    linear, conv = sparse(nn.Linear(64, 300)).to(dtype), sparse(nn.Conv2d(16, 40, 3, padding=1)).to(dtype)
+    jobs = [(pack(linear), torch.randn(200, 64, dtype=dtype)), (pack(conv), torch.randn(2, 16, 12, 12, dtype=dtype))]
+    expected, same, barrier = [m(x) for m, x in jobs], [], threading.Barrier(4)
+
+    def work():
+        barrier.wait()
+        with torch.no_grad():
+            same.extend(torch.equal(m(x), y) for _ in range(20) for (m, x), y in zip(jobs, expected))
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(same) == 4 * 20 * len(jobs) and all(same)
+
+
+@pytest.fixture(params=["linear", "convolution"])
+def layer(request):
+    """A folded 2:4 layer of either kind."""
+    return sparse(nn.Linear(32, 8) if request.param == "linear" else nn.Conv2d(16, 8, 3, 2, 1))
+
+
+@pytest.fixture
+def x(layer):
+    """An input of `layer`."""
+    return torch.randn((3, 32) if isinstance(layer, nn.Linear) else (2, 16, 6, 5))
+
+
+def test_gradients_are_refused(layer, x):
+    with pytest.raises(RuntimeError, match="packed layers have no gradient: sample under torch.no_grad()"):
+        pack(layer)(x.requires_grad_())
+
+
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_inputs_are_computed_in_float32(layer, x, cast):
+    torch.testing.assert_close(pack(layer)(x.to(cast)), layer(x.to(cast).float()).to(cast))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m, "values", m.values[:, :-2]),
+        lambda m: setattr(m, "values", m.values[:-1]),
+        lambda m: setattr(m, "positions", m.positions[:-1]),
+        lambda m: setattr(m, "positions", m.positions.int()),
+        lambda m: setattr(m, "bias", m.bias[:-1]),
+    ],
+    ids=["short rows", "too few rows", "too few positions", "positions of another type", "short bias"],
+)
+@torch.no_grad()
+def test_buffers_that_do_not_fit_are_refused_before_the_kernel_runs(layer, x, change):
+    m = pack(layer)
+    change(m)
+    with pytest.raises(ValueError, match="do not fit|packed kernel"):
+        m(x)
+    with pytest.raises(ValueError, match="do not fit|packed kernel"):
+        operate(m, x)
+
+
+@pytest.mark.parametrize("name", ["values", "bias", "x"])
+def test_operators_refuse_float64(layer, x, name):
+    m = pack(layer)
+    if name == "x":
+        x = x.double()
+    else:
+        setattr(m, name, getattr(m, name).double())
+    with pytest.raises(ValueError, match="packed kernel"):
+        operate(m, x)
+
+
+@torch.no_grad()
+def test_inputs_that_are_no_pictures_or_too_small_are_refused():
+    conv = pack(sparse(nn.Conv2d(16, 8, 3)))
+    with pytest.raises(ValueError, match="x is .B, C, H, W. with C a multiple of 4, not .16, 6, 6."):
+        conv(torch.randn(16, 6, 6))
+    with pytest.raises(ValueError, match="smaller than the kernel"):
+        conv(torch.randn(1, 16, 2, 6))
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (3, 16), (), (0,)], ids=str)
+def test_linear_inputs_of_another_width_are_refused(shape):
+    with pytest.raises(ValueError, match="takes 32 inputs"):
+        pack(sparse(nn.Linear(32, 8)))(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("channels", [8, 32])
+def test_pictures_with_other_channels_are_refused(channels):
+    with pytest.raises(ValueError, match="takes 16 inputs"):
+        pack(sparse(nn.Conv2d(16, 8, 3)))(torch.randn(1, channels, 5, 5))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [([3, 3], 0, 0), ([3, 3], 1, -1), ([3], 1, 0), ([-3, -3], 1, 0), ([0, 3], 1, 0)], ids=str
+)
+def test_what_is_no_convolution_is_refused(kernel, stride, padding):
+    buffers = pack(sparse(nn.Conv2d(16, 8, 3))).buffers()
+    with pytest.raises(ValueError, match="no convolution"):
+        torch.ops.sparsedm.nm4_conv2d(torch.randn(1, 16, 5, 5), *buffers, kernel, stride, padding)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_operators_pass_torchs_own_checks(bias):
+    linear, conv = pack(sparse(nn.Linear(32, 7, bias))), pack(sparse(nn.Conv2d(16, 3, (1, 3), 2, 2, bias=bias)))
+    arguments = (linear.values, linear.positions, linear.bias)
+    for shape in [(5, 32), (0, 32), (32,), (2, 1, 32)]:
+        torch.library.opcheck(torch.ops.sparsedm.nm4_linear.default, (torch.randn(shape), *arguments))
+    arguments = (conv.values, conv.positions, conv.bias, [1, 3], 2, 2)
+    for size in [(1, 1), (6, 5)]:
+        torch.library.opcheck(torch.ops.sparsedm.nm4_conv2d.default, (torch.randn(2, 16, *size), *arguments))
+
+
+@torch.no_grad()
+def test_compile_and_export_keep_the_operators():
+    model = nn.Sequential(pack(sparse(nn.Conv2d(16, 8, 3, padding=1))), nn.Flatten(2), pack(sparse(nn.Linear(24, 5)))).eval()
+    x = torch.randn(2, 16, 4, 6)
+    expected = model(x)
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    exported = torch.export.export(model, (x,))
+    called = {str(node.target) for node in exported.graph.nodes}
+    assert {"sparsedm.nm4_linear.default", "sparsedm.nm4_conv2d.default"} <= called
+    assert torch.equal(exported.module()(x), expected)
+
+
+SANITIZER = "-fsanitize=address,undefined -fno-sanitize-recover=all -g -O1"
+# A tensor that has lost its end: proof that the sanitizer sees what kernels read, whatever their interface.
+_READ_TOO_FAR = """
+import torch, sparsedm.kernels
+x, values, positions = torch.randn(3, 32), torch.randn(8, 16), torch.zeros(32, dtype=torch.uint8)
+torch.ops.sparsedm.nm4_linear(x, values, positions, None)
+print("within bounds", flush=True)
+x.untyped_storage().resize_(64)
+torch.ops.sparsedm.nm4_linear(x, values, positions, None)
+"""
+
+
+_PYTEST = ("-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-s", __file__, "-k")
+
+
+def _with_kernels(flags: str, cache: Path, arguments: tuple[str, ...], **changes: str) -> subprocess.CompletedProcess:
+    """Run Python with kernels compiled with more `flags`."""
+    changes |= {build.EXTRA_FLAGS: flags, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "2", EXAMPLES: "10"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | changes, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="another processor")
+@pytest.mark.parametrize("flags", ["-march=x86-64", "-march=x86-64-v3"])
+def test_narrower_vectors_compute_the_same(flags, tmp_path):
+    done = _with_kernels(flags, tmp_path, (*_PYTEST, "equals or edges"))
+    assert not done.returncode and "passed" in done.stdout, (done.stdout + done.stderr)[-4000:]
+
+
+def test_address_sanitizer_finds_nothing_in_this_file(tmp_path):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to build the kernels with an address sanitizer")
+    names = ["libasan.so", "libstdc++.so"]
+    found = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in names]
+    if not all(map(os.path.isabs, found)):
+        pytest.skip(f"g++ comes without {' or '.join(names)}")
+    # The sanitizer has to be loaded first, with libstdc++ to catch exceptions.
+    changes = {"CXX": compiler, "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
+    caught = _with_kernels(SANITIZER, tmp_path, ("-c", _READ_TOO_FAR), **changes)
+    assert caught.stdout == "within bounds\n" and caught.returncode, caught.stderr[-4000:]
+    assert "heap-buffer-overflow" in caught.stderr and build.SOURCE.name in caught.stderr
+    rest = "not sanitizer and not compile and not torchs and not narrower"
+    clean = _with_kernels(SANITIZER, tmp_path, (*_PYTEST, rest), **changes)
+    assert not clean.returncode and "skipped" not in clean.stdout, (clean.stdout + clean.stderr)[-8000:]

@@ -1,0 +1,60 @@
+"""Times are measured once, remembered in a file, and kept apart by what they depend on."""
+
+import json
+
+import pytest
+import torch
+
+from sparsedm import kernels, tuning
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    path = tmp_path / "times.json"
+    monkeypatch.setattr(tuning, "path", lambda: path)
+    monkeypatch.setattr(tuning, "_known", {})
+    return path
+
+
+def variants(calls: list):
+    """Two calls of which the packed one does a tenth of the work; `calls` counts how often they were asked for."""
+    calls.append(1)
+    small, large = torch.randn(100, 100), torch.randn(400, 400)
+    return {"dense": lambda: large @ large, "packed": lambda: small @ small}
+
+
+def test_measured_once_and_remembered_by_the_next_process(file, monkeypatch):
+    calls = []
+    found = tuning.times(("layer", 1), lambda: variants(calls))
+    assert found.gain > 1 and found.dense > found.packed > 0
+    assert tuning.times(("layer", 1), lambda: variants(calls)) == found
+    monkeypatch.setattr(tuning, "_known", {})  # as in a new process
+    assert tuning.times(("layer", 1), lambda: variants(calls)) == found and len(calls) == 1
+
+
+def test_other_keys_and_threads_are_measured_anew(file):
+    calls, threads = [], torch.get_num_threads()
+    tuning.times(("layer", 1), lambda: variants(calls))
+    tuning.times(("layer", 2), lambda: variants(calls))
+    try:
+        torch.set_num_threads(threads + 1)
+        tuning.times(("layer", 1), lambda: variants(calls))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(calls) == 3 and len(json.loads(file.read_text())) == 3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', '{"a": {"dense": 1}}'])
+def test_a_damaged_file_is_measured_over(file, content):
+    file.write_text(content)
+    calls = []
+    tuning.times(("layer", 1), lambda: variants(calls))
+    assert len(calls) == 1 and len(json.loads(file.read_text())) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(file, monkeypatch):
+    monkeypatch.setattr(tuning, "path", lambda: file / "below" / "a-file.json")
+    file.write_text("{}")
+    assert tuning.times(("layer", 1), lambda: variants([])).gain > 0
