@@ -1,9 +1,10 @@
 """Dense against packed on this machine, layer by layer and whole sampling steps, as ratios of interleaved runs.
 
-The dense side is the fastest of what PyTorch offers: eager, channels-last, compiled, and through oneDNN
-(`torch.utils.mkldnn.to_mkldnn`), whose linear layers beat the default ones on CPUs that MKL serves badly.
+Both sides run as they run fastest: eager, channels-last or compiled. Dense models run a further way, converted to oneDNN by
+`torch.utils.mkldnn.to_mkldnn`: few do it, but on CPUs that MKL serves badly its linear layers are twice as fast as PyTorch's own.
 """
 
+import contextlib
 import copy
 import itertools
 import platform
@@ -85,7 +86,7 @@ def measure_steps(
         with _threads(count):
             dense, fast = _pair(name, getattr(torch, dtype), batch)
             inputs = _random(dryrun.example_inputs(dense, batch))
-            variants = {**_dense_variants(dense, tuple(inputs.values())), "packed": fast}
+            variants = {**_dense_variants(dense, tuple(inputs.values())), **_formats("packed", fast)}
             if compiled:
                 variants |= {f"{key}, compiled": torch.compile(variants[key]) for key in ("dense", "packed")}
             row = _row(variants, lambda model, inputs=inputs: model(**inputs), rounds)
@@ -110,33 +111,42 @@ def _random(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
+ONEDNN = "dense, oneDNN"
+
+
 def _dense_variants(model: nn.Module, inputs: Iterable[torch.Tensor]) -> dict[str, nn.Module]:
-    variants = {"dense": model}
-    if any(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in model.modules()):
-        variants["dense, channels last"] = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    variants = _formats("dense", model)
     converted = mkldnn.to_mkldnn(copy.deepcopy(model), next(model.parameters()).dtype)
-    try:
-        with torch.no_grad():
-            converted(*inputs)
-        variants["dense, oneDNN"] = converted
-    except (RuntimeError, AttributeError):  # a model that looks at its layers' weights
-        pass
+    with contextlib.suppress(RuntimeError, AttributeError), torch.no_grad():  # a model that looks at its layers' weights
+        converted(*inputs)
+        variants[ONEDNN] = converted
     return variants
 
 
+def _formats(name: str, model: nn.Module) -> dict[str, nn.Module]:
+    """The model, and where it has convolutions to gain from it, the same in channels-last format."""
+    if not any(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in model.modules()):
+        return {name: model}
+    return {name: model, f"{name}, channels last": copy.deepcopy(model).to(memory_format=torch.channels_last)}
+
+
 def _row(variants: Mapping[str, nn.Module], call, rounds: int) -> dict:
-    """Milliseconds (median and quartiles) of every variant; `speedup` is the fastest dense over the fastest packed."""
+    """Milliseconds (median and quartiles) of every variant, and how much faster the fastest packed one is (median of rounds).
+
+    `speedup` is over the fastest dense variant without oneDNN's linear layers, `speedup_over_onednn` over these.
+    """
     with torch.no_grad():
         timings = latency.interleaved({name: lambda m=model: call(m) for name, model in variants.items()}, rounds=rounds)
-    fastest = {
-        side: min((k for k in timings if k.startswith(side)), key=lambda k: timings[k].median) for side in ("dense", "packed")
-    }
+    packed_names = [name for name in timings if name.startswith("packed")]
+    dense_names = [name for name in timings if name not in packed_names and name != ONEDNN]
+    dense, fast = (min(names, key=lambda name: timings[name].median) for names in (dense_names, packed_names))
     return {
         "ms": {name: timing.median * 1e3 for name, timing in timings.items()},
         "quartiles": {name: [seconds * 1e3 for seconds in timing.spread] for name, timing in timings.items()},
-        "fastest_dense": fastest["dense"],
-        "speedup": latency.ratio(timings, fastest["dense"], fastest["packed"]),
-        "speedup_over_eager": latency.ratio(timings, "dense", "packed"),
+        "fastest_dense": dense,
+        "fastest_packed": fast,
+        "speedup": latency.ratio(timings, dense, fast),
+        "speedup_over_onednn": latency.ratio(timings, ONEDNN, fast) if ONEDNN in timings else None,
     }
 
 
@@ -158,19 +168,21 @@ class _threads:
         torch.set_num_threads(self.before)
 
 
-HEAD = ("", "dtype", "threads", "dense ms", "fastest dense ms", "packed ms", "over eager", "over the fastest")
+HEAD = ("", "dtype", "threads", "dense ms", "oneDNN ms", "packed ms", "speed-up", "over oneDNN")
 
 
 def line(row: Mapping) -> str:
     """One row of `words`."""
-    best = min(value for name, value in row["ms"].items() if name.startswith("packed"))
-    fastest = row["fastest_dense"]
+    ms, over = row["ms"], row["speedup_over_onednn"]
     cells = (
-        row["what"], row["dtype"], row["threads"], f"{row['ms']['dense']:.2f}",
-        f"{row['ms'][fastest]:.2f} ({fastest.removeprefix('dense').lstrip(', ') or 'eager'})", f"{best:.2f}",
-        f"{row['speedup_over_eager']:.2f}x", f"**{row['speedup']:.2f}x**",
+        row["what"], row["dtype"], row["threads"], _named(ms, row["fastest_dense"]), f"{ms[ONEDNN]:.2f}" if over else "",
+        _named(ms, row["fastest_packed"]), f"**{row['speedup']:.2f}x**", f"{over:.2f}x" if over else "",
     )  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def _named(ms: Mapping[str, float], variant: str) -> str:
+    return f"{ms[variant]:.2f} ({variant.partition(', ')[2] or 'eager'})"
 
 
 def words(result: Mapping) -> str:

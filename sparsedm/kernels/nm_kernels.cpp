@@ -38,13 +38,20 @@ typedef float LooseVec __attribute__((vector_size(kBytes), aligned(4), may_alias
 static inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 static inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 
-template <class T>
-struct Buffer {
-  explicit Buffer(int64_t count)
-      : data(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)), std::free) {}
-  T* get() const { return data.get(); }
-  std::unique_ptr<T, void (*)(void*)> data;
-};
+// Memory for `count` elements that a thread keeps for its next call, as fresh memory costs a page fault every 4 KB; null if there
+// is none. Each kTag is another piece.
+template <class T, int kTag>
+static T* workspace(int64_t count) {
+  static thread_local std::unique_ptr<void, void (*)(void*)> memory(nullptr, std::free);
+  static thread_local int64_t size = 0;
+  const int64_t wanted = (count * sizeof(T) + 127) / 64 * 64;
+  if (wanted > size) {
+    memory.reset();
+    memory.reset(std::aligned_alloc(64, wanted));
+    size = memory ? wanted : 0;
+  }
+  return static_cast<T*>(memory.get());
+}
 
 // Transposing a square of words (32 or 64 bits): log2(size) perfect shuffles of row i with row i + size / 2.
 template <int... I>
@@ -210,14 +217,17 @@ struct Bfloat {
   static constexpr int64_t kRows = kSlice / (kWidth * 8);
 
   explicit Bfloat(const Weights<uint16_t>& weights)
-      : w(weights), groups(w.inputs / 4), values(w.outputs / 2 * groups), codes(w.outputs / 2 * groups) {
+      : w(weights),
+        groups(w.inputs / 4),
+        values(workspace<uint64_t, 0>(w.outputs / 2 * groups)),
+        codes(workspace<uint8_t, 1>(w.outputs / 2 * groups)) {
     if (!ready()) return;
     typedef uint32_t Kept __attribute__((aligned(2), may_alias));  // both kept weights of a group
     const Kept* kept = reinterpret_cast<const Kept*>(w.values);
 #pragma omp parallel for
     for (int64_t pair = 0; pair < w.outputs / 2; ++pair) {
-      uint64_t* value = values.get() + pair * groups;
-      uint8_t* code = codes.get() + pair * groups;
+      uint64_t* value = values + pair * groups;
+      uint8_t* code = codes + pair * groups;
       const Kept *one = kept + 2 * pair * groups, *other = one + groups;
       const uint8_t *at_one = w.positions + pair * groups, *at_other = at_one + groups / 2;
       for (int64_t g = 0; g < groups; ++g) value[g] = one[g] | static_cast<uint64_t>(other[g]) << 32;
@@ -227,7 +237,7 @@ struct Bfloat {
       }
     }
   }
-  bool ready() const { return values.get() && codes.get(); }
+  bool ready() const { return values && codes; }
 
   void start(int64_t first, int64_t last, float* sums) const {
     for (int64_t o = first; o < last; o += 2, sums += 2 * kWidth)
@@ -251,8 +261,8 @@ struct Bfloat {
   template <int kPairs>
   void add_tile(const uint64_t* panel, int64_t row, int64_t count, int64_t pair, float* sums) const {
     const __m512i second_token = _mm512_set4_epi64(0x0808080808080808, 0, 0x0808080808080808, 0);
-    const uint64_t* value = values.get() + pair * groups + row;
-    const uint8_t* code = codes.get() + pair * groups + row;
+    const uint64_t* value = values + pair * groups + row;
+    const uint8_t* code = codes + pair * groups + row;
     __m512 total[kPairs][kVectors];
 #pragma GCC unroll 20
     for (int i = 0; i < kPairs * kVectors; ++i) total[i / kVectors][i % kVectors] = _mm512_loadu_ps(sums + i * 16);
@@ -308,8 +318,8 @@ struct Bfloat {
 
   const Weights<uint16_t> w;
   const int64_t groups;
-  const Buffer<uint64_t> values;
-  const Buffer<uint8_t> codes;
+  uint64_t* const values;  // of both outputs of a pair, [pair][group]
+  uint8_t* const codes;    // and their positions
 };
 #endif
 
@@ -329,33 +339,38 @@ struct Linear {
     const int64_t rows = w.inputs / Kernel::kRowInputs, blocks = (tokens + width - 1) / width;
     const int64_t chunks = (w.outputs + kOutputs - 1) / kOutputs;
     const Kernel kernel(w);
-    const Buffer<Element> panels(blocks * rows * width);
-    if (!kernel.ready() || !panels.get()) return kNoMemory;
+    if (!kernel.ready()) return kNoMemory;
+    int failed = kDone;
 #pragma omp parallel
     {
       alignas(64) float sums[kOutputs * width];
-#pragma omp for
-      for (int64_t b = 0; b < blocks; ++b) {
-        Element* panel = panels.get() + b * rows * width;
-        const int64_t count = std::min(width, tokens - b * width);
-        if (count < width) std::memset(panel, 0, rows * width * sizeof(Element));
-        Kernel::fill(x + b * width * w.inputs, w.inputs, count, panel);
+      Element* panel = workspace<Element, 2>(rows * width);
+      int64_t filled = -1;
+      if (!panel) {
+#pragma omp atomic write
+        failed = kNoMemory;
       }
 #pragma omp for collapse(2)
       for (int64_t b = 0; b < blocks; ++b)
         for (int64_t c = 0; c < chunks; ++c) {
+          if (!panel) continue;
           const int64_t first = c * kOutputs, last = std::min(first + kOutputs, w.outputs);
           const int64_t count = std::min(width, tokens - b * width);
+          if (filled != b) {
+            if (count < width) std::memset(panel, 0, rows * width * sizeof(Element));
+            Kernel::fill(x + b * width * w.inputs, w.inputs, count, panel);
+            filled = b;
+          }
           Value* to = y + b * width * w.outputs;
           for (int64_t t = 0; t < count; ++t)  // y's lines come to the cache while we compute
             for (int64_t o = first; o < last; o += 64 / sizeof(Value)) __builtin_prefetch(to + t * w.outputs + o, 1, 2);
           kernel.start(first, last, sums);
           for (int64_t r = 0; r < rows; r += slice)
-            kernel.add(panels.get() + (b * rows + r) * width, r, std::min(slice, rows - r), first, last, sums);
+            kernel.add(panel + r * width, r, std::min(slice, rows - r), first, last, sums);
           kernel.store_tokens(sums, to, first, last, count);
         }
     }
-    return kDone;
+    return failed;
   }
 };
 
@@ -475,9 +490,9 @@ struct Convolution {
     const int64_t chunk = std::min(kOutputs, ((w.outputs + shares - 1) / shares + 7) / 8 * 8),
                   chunks = (w.outputs + chunk - 1) / chunk;
     const Kernel kernel(w);
-    const Buffer<Element> planes(s.images * per_image * s.plane());
-    if (!kernel.ready() || !planes.get()) return kNoMemory;
-    pad<Kernel>(s, x, planes.get());
+    Element* const planes = workspace<Element, 3>(s.images * per_image * s.plane());
+    if (!kernel.ready() || !planes) return kNoMemory;
+    pad<Kernel>(s, x, planes);
 #pragma omp parallel
     {
       alignas(64) Element panel[slice * width];
@@ -495,7 +510,7 @@ struct Convolution {
           kernel.start(first, last, sums);
           for (int64_t r = 0; r < rows; r += slice) {
             const int64_t count = std::min(slice, rows - r);
-            fill(s, planes.get(), per_image, r, count, pieces, number, length, width, panel);
+            fill(s, planes, per_image, r, count, pieces, number, length, width, panel);
             kernel.add(panel, r, count, first, last, sums);
           }
           for (int64_t done = 0; done < pixels;) {  // the pixels of one image lie side by side

@@ -159,7 +159,7 @@ class UViTModel(ModelMixin, ConfigMixin):
         self._check(encoder_hidden_states, "context_embed", "encoder_hidden_states")
         # 1. tokens: [label] time [text] patches
         x = self.patch_embed(sample)  # [B, L, D]
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         tokens = [timestep_embedding(timestep, self.config.embed_dim).to(x.dtype)[:, None], x]
         if class_labels is not None:
             tokens.insert(0, self.label_emb(class_labels)[:, None])

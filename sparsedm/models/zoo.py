@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .. import layers, nm, packing
+from .. import layers, nm, packing, structure
 from ..files import replacing_folder
 from ..packed import is_packed, unpack
 from . import classifier, uvit
@@ -119,8 +119,10 @@ def load(name_or_folder: str | Path) -> ModelMixin:
     if (folder / "unet" / CONFIG).exists():  # a pipeline
         folder = folder / "unet"
     config = _read_json(folder / CONFIG)
-    schedule = config.pop("noise_schedule", None)
+    schedule, pruning = config.pop("noise_schedule", None), config.pop("pruning", None)
     model = _class_of(config, folder).from_config(config)
+    if pruning:
+        structure.apply(model, pruning)
     _load_weights(model, folder / (PACKED if (folder / PACKED).exists() else WEIGHTS))
     pipeline_schedule = folder.parent / "scheduler" / "scheduler_config.json"
     if schedule is None and pipeline_schedule.exists():

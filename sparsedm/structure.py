@@ -1,0 +1,201 @@
+"""Removing channels from a model for good: which ones hang together, and a record of those kept that any process can replay.
+
+A group is a set of layer axes that must lose the same channels: a convolution's outputs, the norm behind it, the inputs of
+all that read it. In UNets torch-pruning's dependency graph finds them; in U-ViT they are the hidden units of each MLP and the
+heads of each attention. The record, {layer: {"out": kept, "in": kept}}, is plain JSON in the model's config.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.models.attention_processor import Attention as DiffusersAttention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from .models.uvit import Attention, UViTModel
+
+Record = dict[str, dict[str, list[int]]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One axis of a layer: its entry `index[i]` belongs to channel `root[i]` of the group."""
+
+    layer: str
+    axis: str  # "out" or "in"
+    index: torch.Tensor
+    root: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Axes that lose the same channels, 0 to `channels` - 1.
+
+    `parts` equal runs of channels (the groups of a GroupNorm, the heads of an attention) must stay equal in size.
+    """
+
+    channels: int
+    members: tuple[Member, ...] = field(repr=False)
+    parts: int = 1
+
+    @property
+    def name(self) -> str:
+        """The first layer whose outputs these are."""
+        return next((m.layer for m in self.members if m.axis == "out"), self.members[0].layer)
+
+
+def groups(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[Group]:
+    """The groups of `model` whose channels can be removed without changing the shape of its output.
+
+    Raises:
+        ValueError: torch-pruning cannot trace the model.
+    """
+    return _uvit_groups(model) if isinstance(model, UViTModel) else _traced_groups(model, inputs)
+
+
+def _uvit_groups(model: UViTModel) -> list[Group]:
+    found = []
+    for name, block in model.named_modules():
+        if not hasattr(block, "attn") or not hasattr(block, "mlp"):
+            continue
+        heads, width = block.attn.num_heads, block.attn.proj.in_features
+        rows = torch.arange(3 * width)
+        head = torch.arange(width) // (width // heads)
+        qkv = Member(f"{name}.attn.qkv", "out", rows, head.repeat(3))
+        found.append(Group(heads, (qkv, Member(f"{name}.attn.proj", "in", rows[:width], head))))
+        hidden = torch.arange(block.mlp.fc1.out_features)
+        fc1, fc2 = Member(f"{name}.mlp.fc1", "out", hidden, hidden), Member(f"{name}.mlp.fc2", "in", hidden, hidden)
+        found.append(Group(len(hidden), (fc1, fc2)))
+    return found
+
+
+def _traced_groups(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[Group]:
+    import torch_pruning as tp
+
+    names = {module: name for name, module in model.named_modules()}
+    try:
+        graph = tp.DependencyGraph().build_dependency(model, example_inputs=dict(inputs), verbose=False)
+        traced = list(graph.get_all_groups(ignored_layers=[model.conv_out], root_module_types=[nn.Conv2d, nn.Linear]))
+    except Exception as error:  # of any kind: it runs the model and walks its autograd graph
+        raise ValueError(f"torch-pruning cannot trace {type(model).__name__}: {error}") from error
+    parts = _parts(model)
+    return [_from_traced(group, names, parts, graph) for group in traced]
+
+
+def _parts(model: nn.Module) -> dict[str, int]:
+    """Layers whose outputs come in equal parts: GroupNorms, and the queries, keys and values of several heads."""
+    found = {name: module.num_groups for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
+    for name, module in model.named_modules():
+        if isinstance(module, DiffusersAttention):
+            found |= {f"{name}.{layer}": module.heads for layer in ("to_q", "to_k", "to_v")}
+    return found
+
+
+_LAYERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
+
+
+def _from_traced(traced, names: Mapping[nn.Module, str], parts: Mapping[str, int], graph) -> Group:
+    members, most = [], 1
+    for item in traced.items:
+        module = item.dep.target.module
+        if not isinstance(module, _LAYERS):
+            continue
+        reads = isinstance(module, (nn.Conv2d, nn.Linear)) and graph.is_in_channel_pruning_fn(item.dep.handler)
+        axis, name = "in" if reads else "out", names[module]
+        members.append(Member(name, axis, torch.tensor(item.idxs), torch.tensor(item.root_idxs)))
+        most = max(most, 1 if reads else parts.get(name, 1))
+    return Group(max(int(m.root.max()) for m in members) + 1, tuple(members), most)
+
+
+def keep(group: Group, scores: torch.Tensor, ratio: float, round_to: int = 1) -> torch.Tensor:
+    """The channels (sorted) that stay when those of the lowest `scores` [channels] are removed.
+
+    Of C channels C - int(C * (1 - ratio)) go, as many from each part, rounded down (Diff-Pruning's code); what stays is then
+    rounded up to a multiple of `round_to`.
+
+    Raises:
+        ValueError: nothing would stay, or a score is not finite.
+    """
+    if not torch.isfinite(scores).all():
+        raise ValueError(f"the importance of {group.name} is not finite")
+    size = group.channels // group.parts
+    stay = size - (group.channels - int(group.channels * (1 - ratio))) // group.parts
+    while stay < size and stay * group.parts % round_to:
+        stay += 1
+    if stay < 1:
+        raise ValueError(f"ratio {ratio} leaves {group.name} without channels; it has {group.channels} in {group.parts} part(s)")
+    best = scores.view(group.parts, size).topk(stay, dim=1).indices
+    return (best + size * torch.arange(group.parts)[:, None]).flatten().sort().values
+
+
+def record(model: nn.Module, kept: Sequence[tuple[Group, torch.Tensor]]) -> Record:
+    """What stays of every layer axis when each group keeps the given channels."""
+    stays: dict[tuple[str, str], torch.Tensor] = {}
+    for group, channels in kept:
+        alive = torch.zeros(group.channels, dtype=torch.bool)
+        alive[channels] = True
+        for member in group.members:
+            size = _size(model.get_submodule(member.layer), member.axis)
+            mask = stays.setdefault((member.layer, member.axis), torch.ones(size, dtype=torch.bool))
+            mask[member.index] &= alive[member.root]
+    found: Record = {}
+    for (layer, axis), mask in stays.items():
+        if not mask.all():
+            found.setdefault(layer, {})[axis] = mask.nonzero().flatten().tolist()
+    return found
+
+
+def _size(layer: nn.Module, axis: str) -> int:
+    if isinstance(layer, nn.Embedding):
+        return layer.weight.shape[1]
+    return layer.weight.shape[0 if axis == "out" else 1]
+
+
+def apply(model: nn.Module, record: Record) -> nn.Module:
+    """Cut `model` down to the channels in `record`, in place, and note the record in its config; returns the model.
+
+    Raises:
+        ValueError: the record names a layer or a channel that the model does not have; the model is untouched then.
+    """
+    layers = dict(model.named_modules())
+    for name, axes in record.items():
+        if not isinstance(layers.get(name), _LAYERS):
+            raise ValueError(f"the pruning record names {name}, which {type(model).__name__} does not have")
+        for axis, kept in axes.items():
+            fits = axis in ("out", "in") and kept and sorted(set(kept)) == kept and kept[0] >= 0
+            if not fits or kept[-1] >= _size(layers[name], axis):
+                raise ValueError(f"the pruning record does not fit {name} ({axis}): {str(kept)[:60]}")
+    for name, module in model.named_modules():
+        if isinstance(module, Attention) and f"{name}.qkv" in record:
+            module.num_heads = len(record[f"{name}.qkv"]["out"]) * module.num_heads // module.qkv.out_features
+    for name, axes in record.items():
+        _cut(layers[name], *(torch.tensor(axes[axis]) if axis in axes else None for axis in ("out", "in")))
+    for module in model.modules():
+        if isinstance(module, (Upsample2D, Downsample2D)) and getattr(module, "conv", None) is not None:
+            module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
+    model.register_to_config(pruning=record)
+    return model
+
+
+def _cut(layer: nn.Module, out: torch.Tensor | None, into: torch.Tensor | None) -> None:
+    axes = {nn.Embedding: {1: out}}.get(type(layer), {0: out, 1: into})
+    for axis, kept in axes.items():
+        if kept is not None and layer.weight is not None:
+            layer.weight = _selected(layer.weight, axis, kept)
+    if out is not None and getattr(layer, "bias", None) is not None:
+        layer.bias = _selected(layer.bias, 0, out)
+    for names, kept in ((_WIDTHS_OUT, out), (_WIDTHS_IN, into)):
+        for name in names:
+            if kept is not None and hasattr(layer, name):
+                setattr(layer, name, (len(kept),) if name == "normalized_shape" else len(kept))
+
+
+_WIDTHS_OUT = ("out_channels", "out_features", "num_channels", "normalized_shape", "embedding_dim")
+_WIDTHS_IN = ("in_channels", "in_features")
+
+
+def _selected(weight: nn.Parameter, axis: int, kept: torch.Tensor) -> nn.Parameter:
+    chosen = weight.detach().index_select(axis, kept.to(weight.device)).contiguous()
+    return nn.Parameter(chosen, weight.requires_grad)
