@@ -21,6 +21,7 @@ _WHERE = {
     "fold": "layers",
     "pack": "packed",
     "unpack": "packed",
+    "prune": "diffpruning",
     "report": "reporting",
     "count": "macs",
     "train": "distill",

@@ -105,12 +105,10 @@ def scores(model: nn.Module, group: Group, kind: str = "squared", generator: tor
         else:
             products = weight * layer.weight.grad
             values = products.square() if kind == "squared" and not norm else products.abs()
-        axis = 1 if member.axis == "in" else 0
-        total.index_add_(
-            0,
-            member.root,
-            values.movedim(axis, 0).flatten(1).sum(1)[member.index].cpu() if not norm else values[member.index].cpu(),
-        )
+        if member.axis == "in":
+            values = values.transpose(0, 1)
+        per_entry = values.reshape(values.shape[0], -1).sum(1)
+        total.index_add_(0, member.root, per_entry[member.index].cpu())
         counted += 1
     return total / counted if kind == "magnitude" else total
 

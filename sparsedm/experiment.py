@@ -17,13 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from . import data, diffusion, distill, layers, macs, metrics, nm
+from . import data, diffpruning, diffusion, distill, layers, macs, metrics, nm, structure
 from .files import replacing
 from .models import classifier, zoo
 from .recipes import CLASSIFIER, NOISE_SCHEDULE, Protocol, Recipe, recipe
 from .results import RESULTS, card
 
 CHUNK = 500  # pictures sampled between two saves
+IMPORTANCE_PICTURES = 128  # as many as the Diff-Pruning code takes of CIFAR-10
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,28 @@ def _start(chosen: Recipe, out: Path) -> tuple[nn.Module, nn.Module | None]:
         return model, None
     source, _ = _base(chosen, out)
     model, teacher = zoo.load(source), zoo.load(source)
+    if chosen.prune:
+        model = _pruned(model, chosen)
     if chosen.pattern:
-        layers.sparsify(model, chosen.pattern)
+        layers.sparsify(model, chosen.pattern, **chosen.sparsify)
     return model, teacher
+
+
+def _pruned(model: nn.Module, chosen: Recipe) -> nn.Module:
+    """The base without channels, by the recipe's score, or the same shape with fresh weights."""
+    options = dict(chosen.prune)
+    threshold, reinit = options.pop("threshold", None), options.pop("reinit", False)
+    if threshold is not None:
+        images, labels = data.stack(data.load(chosen.data, n=IMPORTANCE_PICTURES))
+        for _ in diffpruning.importance(model, images, labels, threshold=threshold):
+            pass
+    pruned = diffpruning.prune(model, **options)
+    if not reinit:
+        return pruned
+    torch.manual_seed(0)
+    fresh = type(model).from_config({k: v for k, v in model.config.items() if k != "noise_schedule"})
+    fresh.register_to_config(noise_schedule=model.config.noise_schedule)
+    return structure.apply(fresh, pruned.config.pruning)
 
 
 def _logged(states: Iterator[distill.TrainState], path: Path, every: int = 50) -> Iterator[Progress]:
@@ -201,6 +221,8 @@ def _results(name: str, chosen: Recipe, model: nn.Module, protocol: Protocol, sc
         "command": f"python -m sparsedm reproduce {name}",
         "base": chosen.base,
         "pattern": chosen.pattern,
+        "sparsify": chosen.sparsify,
+        "prune": chosen.prune,
         "parameters": sum(p.numel() for p in model.parameters()),
         "nonzero_parameters": sum(int(p.count_nonzero()) for p in model.parameters()),
         "bytes": (folder / "model" / zoo.WEIGHTS).stat().st_size,

@@ -47,15 +47,20 @@ class _SRSTE(torch.autograd.Function):
 
 
 class _NMLayer:
-    """What NMLinear and NMConv2d share. Attributes: `pattern`, `decay` (lambda of SR-STE), `decay_mode`."""
+    """What NMLinear and NMConv2d share. Attributes: `pattern`, `decay` (lambda of SR-STE), `decay_mode`, `frozen_mask`."""
 
     pattern: NMPattern
     decay: float
     decay_mode: str
+    frozen_mask: torch.Tensor | None
 
     def mask(self) -> torch.Tensor:
-        """Boolean mask of the current weight."""
-        return nm.mask(self.weight, self.pattern)
+        """Boolean mask of the current weight, or the frozen one."""
+        return nm.mask(self.weight, self.pattern) if self.frozen_mask is None else self.frozen_mask
+
+    def freeze_mask(self) -> None:
+        """Keep the current weight's mask from now on."""
+        self.register_buffer("frozen_mask", nm.mask(self.weight, self.pattern), persistent=False)
 
     def masked_weight(self) -> torch.Tensor:
         """The weight the layer computes with: exact zeros outside the mask, SR-STE gradient to the dense master.
@@ -105,6 +110,7 @@ def sparsify(
     overrides: Mapping[str, str | NMPattern] | None = None,
     decay: float = SR_STE_DECAY,
     decay_mode: str = "gradient",
+    frozen: bool = False,
 ) -> nn.Module:
     """Turn the linear and convolution layers of `model` into sparse-training layers, in place; returns the model.
 
@@ -115,6 +121,7 @@ def sparsify(
         decay: lambda of SR-STE, 2e-4 in the paper; 0 is the plain straight-through estimator.
         decay_mode: "gradient" adds the SR term to the gradient (the paper, so Adam normalises it); "decoupled" leaves it
             to `decay_pruned`, which the training loop calls after the optimiser's step.
+        frozen: keep the masks that the weights have now (as ASP does), instead of deriving them anew in every step.
 
     Layers that stay dense carry the reason, see `sparsedm.report`.
 
@@ -142,6 +149,9 @@ def sparsify(
             continue
         module.__class__ = _SPARSE_CLASS.get(type(module), type(module))
         module.pattern, module.decay, module.decay_mode = chosen, float(decay), decay_mode
+        module.register_buffer("frozen_mask", None, persistent=False)
+        if frozen:
+            module.freeze_mask()
         converted += 1
     if not converted:
         reasons = "; ".join(f"{name}: {module.dense_reason}" for name, module in list(layers.items())[:3])
@@ -188,7 +198,7 @@ def _leave(model: nn.Module, keep_mask: bool) -> nn.Module:
 
 def _to_plain(module: _NMLayer) -> None:
     module.__class__ = _DENSE_CLASS[type(module)]
-    del module.pattern, module.decay, module.decay_mode
+    del module.pattern, module.decay, module.decay_mode, module.frozen_mask
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -216,7 +226,7 @@ def _save_folded(self: nn.Module, save_directory, **kwargs) -> None:
 
 
 def set_pattern(model: nn.Module, pattern: str | NMPattern) -> None:
-    """Give every sparse-training layer another pattern; weights and optimiser state stay.
+    """Give every sparse-training layer another pattern; weights and optimiser state stay, frozen masks are taken anew.
 
     Raises:
         ValueError: a layer's input axis is not a multiple of M (nothing is changed then).
@@ -227,6 +237,8 @@ def set_pattern(model: nn.Module, pattern: str | NMPattern) -> None:
             raise ValueError(f"{name} has {module.weight.shape[1]} inputs, not a multiple of {pattern.m}")
     for _, module in nm_layers(model):
         module.pattern = pattern
+        if module.frozen_mask is not None:
+            module.freeze_mask()
 
 
 def decay_pruned(model: nn.Module, lr: float) -> None:

@@ -16,6 +16,9 @@ class Recipe:
         base: the recipe whose model it starts from ("" for random weights): the teacher of a student.
         model: class and config of a model trained from scratch.
         pattern: N:M of a student; "" for dense.
+        sparsify: options of `sparsedm.sparsify` for it.
+        prune: `diffpruning.prune`'s options, with the `threshold` of its importance; {} for whole models. With `reinit` the
+            weights are drawn anew: the same shape from scratch.
         distil: transfer knowledge from the base while training.
         train: `TrainConfig` fields; empty for no training.
         bundle: whether its checkpoint ships with the package.
@@ -29,6 +32,8 @@ class Recipe:
     train: dict = field(default_factory=dict)
     data: str = "glyphs"
     bundle: bool = True
+    sparsify: dict = field(default_factory=dict)
+    prune: dict = field(default_factory=dict)
 
 
 NOISE_SCHEDULE = {
@@ -75,12 +80,35 @@ def _recipes() -> dict[str, Recipe]:
     }  # fmt: skip
     recipes = {}
     for kind, teacher in teachers.items():
-        base, name = f"glyphs-{kind}", teacher.title.removesuffix(" teacher")
-        recipes[base] = teacher
-        recipes[f"{base}-more"] = Recipe(f"{name} dense, same extra training", base, train=_TUNE[kind], bundle=False)
-        recipes[f"{base}-2x4-oneshot"] = Recipe(f"{name} 2:4, one-shot", base, None, "2:4", bundle=False)
-        recipes[f"{base}-2x4"] = Recipe(f"{name} 2:4, SparseDM", base, None, "2:4", True, _TUNE[kind])
+        recipes |= _of_backbone(f"glyphs-{kind}", teacher, _TUNE[kind], _HALF[kind])
     return recipes
+
+
+_HALF = {"uvit": 0.5, "unet": 0.35}  # share of the channels whose removal leaves about half the MACs
+
+
+def _of_backbone(base: str, teacher: Recipe, train: dict, ratio: float) -> dict[str, Recipe]:
+    """The teacher, and all that is compared with it after the same training."""
+    name = teacher.title.removesuffix(" teacher")
+    pruned = {"ratio": ratio, "round_to": 4}
+
+    def student(title: str, bundle: bool = False, **options) -> Recipe:
+        return Recipe(f"{name} {title}", base, train=train, bundle=bundle, **options)
+
+    return {
+        base: teacher,
+        f"{base}-more": student("dense, same extra training"),
+        f"{base}-2x4-oneshot": Recipe(f"{name} 2:4, one-shot", base, pattern="2:4", bundle=False),
+        f"{base}-2x4": student("2:4, SparseDM", True, pattern="2:4", distil=True),
+        f"{base}-2x4-asp": student("2:4, ASP (first masks kept)", pattern="2:4", sparsify={"frozen": True}),
+        f"{base}-2x4-ste": student("2:4, STE", pattern="2:4", sparsify={"decay": 0.0}),
+        f"{base}-2x4-srste": student("2:4, SR-STE without teacher", pattern="2:4"),
+        f"{base}-diffpruned": student("Diff-Pruning", True, prune={**pruned, "score": "squared", "threshold": 0.05}),
+        f"{base}-taylor": student("Taylor pruning", prune={**pruned, "score": "squared", "threshold": 0.0}),
+        f"{base}-magnitude": student("magnitude pruning", prune={**pruned, "score": "magnitude"}),
+        f"{base}-random": student("random pruning", prune={**pruned, "score": "random"}),
+        f"{base}-scratch": student("pruned shape from scratch", prune={**pruned, "score": "random", "reinit": True}),
+    }
 
 
 RECIPES = _recipes()

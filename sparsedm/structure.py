@@ -33,12 +33,14 @@ class Member:
 class Group:
     """Axes that lose the same channels, 0 to `channels` - 1.
 
-    `parts` equal runs of channels (the groups of a GroupNorm, the heads of an attention) must stay equal in size.
+    `parts` equal runs of channels (the groups of a GroupNorm, the heads of an attention) must stay equal in size. A channel is
+    `width` entries of an axis: one, or all those of a head.
     """
 
     channels: int
     members: tuple[Member, ...] = field(repr=False)
     parts: int = 1
+    width: int = 1
 
     @property
     def name(self) -> str:
@@ -64,7 +66,7 @@ def _uvit_groups(model: UViTModel) -> list[Group]:
         rows = torch.arange(3 * width)
         head = torch.arange(width) // (width // heads)
         qkv = Member(f"{name}.attn.qkv", "out", rows, head.repeat(3))
-        found.append(Group(heads, (qkv, Member(f"{name}.attn.proj", "in", rows[:width], head))))
+        found.append(Group(heads, (qkv, Member(f"{name}.attn.proj", "in", rows[:width], head)), width=width // heads))
         hidden = torch.arange(block.mlp.fc1.out_features)
         fc1, fc2 = Member(f"{name}.mlp.fc1", "out", hidden, hidden), Member(f"{name}.mlp.fc2", "in", hidden, hidden)
         found.append(Group(len(hidden), (fc1, fc2)))
@@ -113,7 +115,7 @@ def keep(group: Group, scores: torch.Tensor, ratio: float, round_to: int = 1) ->
     """The channels (sorted) that stay when those of the lowest `scores` [channels] are removed.
 
     Of C channels C - int(C * (1 - ratio)) go, as many from each part, rounded down (Diff-Pruning's code); what stays is then
-    rounded up to a multiple of `round_to`.
+    rounded up until the axes are multiples of `round_to`.
 
     Raises:
         ValueError: nothing would stay, or a score is not finite.
@@ -122,7 +124,7 @@ def keep(group: Group, scores: torch.Tensor, ratio: float, round_to: int = 1) ->
         raise ValueError(f"the importance of {group.name} is not finite")
     size = group.channels // group.parts
     stay = size - (group.channels - int(group.channels * (1 - ratio))) // group.parts
-    while stay < size and stay * group.parts % round_to:
+    while stay < size and stay * group.parts * group.width % round_to:
         stay += 1
     if stay < 1:
         raise ValueError(f"ratio {ratio} leaves {group.name} without channels; it has {group.channels} in {group.parts} part(s)")

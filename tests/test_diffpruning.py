@@ -57,8 +57,9 @@ def test_gradients_are_the_sum_over_the_timesteps_used():
         loss = ((noise - abar.sqrt() * velocity - (1 - abar).sqrt() * noisy) ** 2).sum() / 2
         assert loss.item() == pytest.approx(state.loss, rel=1e-4)
         loss.backward()
+    largest = max(gradient.abs().max().item() for gradient in found.values())
     for name, p in model.named_parameters():
-        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5 * p.grad.abs().max().item() + 1e-12)
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5 * largest)
 
 
 def test_it_stops_at_the_first_small_loss_without_using_it():
@@ -128,7 +129,9 @@ def test_the_ranking_agrees_with_removing_each_channel_in_turn():
     torch.manual_seed(0)
     model = Toy()
     with torch.no_grad():
-        model.two.weight.mul_(torch.logspace(-4, -1, 8))  # channels of very different weight
+        model.one.weight.uniform_(0.5, 1.5)
+        model.two.weight.uniform_(0.5, 1.5).mul_(torch.logspace(-8, -1, 8))  # channels of very different weight
+        model.two.weight.copy_(model.two.weight[:, torch.randperm(8)])
     images = torch.rand(16, 4, 1, 1)
     states = list(diffpruning.importance(model, images, threshold=0.5))
     steps = [state.timestep for state in states if state.used]
@@ -187,9 +190,9 @@ def test_the_cifar10_unet_gets_the_published_size(rounded):
 def test_pruned_models_run_and_lose_what_they_should(name, score):
     model = scored(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    pruned = diffpruning.prune(model, 0.5, score=score, round_to=4 if "unet" in name else 1)
+    pruned = diffpruning.prune(model, 0.5, score=score, round_to=4)
     assert call(pruned).shape == call(model).shape
-    assert macs.count(pruned).dense < (0.4 if "unet" in name else 0.65) * macs.count(model).dense
+    assert macs.count(pruned).dense < (0.4 if "unet" in name else 0.55) * macs.count(model).dense
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # untouched
     assert not getattr(model.config, "pruning", None)
 
@@ -215,8 +218,7 @@ def test_zero_channels_can_go_without_changing_the_output():
             block.mlp.fc1.weight[::2] = 0
             width = block.attn.proj.in_features // block.attn.num_heads
             block.attn.proj.weight[:, width : 2 * width] = 0
-            block.attn.qkv.weight[2 * 128 + width : 2 * 128 + 2 * width] = 0
-            block.attn.qkv.weight[width : 2 * width] *= 1e-3
+            block.attn.qkv.weight.view(3, block.attn.num_heads, width, -1)[:, 1] = 0
     kept = []
     for group in structure.groups(model, {}):
         scores = diffpruning.scores(model, group, "magnitude")

@@ -42,6 +42,23 @@ def test_teacher_and_student_end_to_end(tiny_recipes, monkeypatch):
     assert again == ["score", "done"]
 
 
+@pytest.mark.parametrize("reinit", [False, True])
+def test_pruned_models_are_made_by_recipe(tiny_recipes, monkeypatch, reinit):
+    monkeypatch.setattr(experiment, "IMPORTANCE_PICTURES", 4)
+    prune = {"ratio": 0.5, "round_to": 4, "score": "squared", "threshold": 0.9, "reinit": reinit}
+    monkeypatch.setitem(recipes.RECIPES, "pruned", recipes.Recipe("Tiny pruned", "teacher", prune=prune))
+    base = UViTModel(**TINY)
+    base.register_to_config(noise_schedule=recipes.NOISE_SCHEDULE)
+    torch.nn.init.normal_(base.final_layer.weight)
+    zoo.save(base, tiny_recipes / "teacher" / "model")
+    next(experiment.reproduce("pruned", tiny_recipes, PROTOCOL))
+    pruned = zoo.load(tiny_recipes / "pruned" / "model")
+    kept = pruned.config.pruning["mid_block.mlp.fc1"]["out"]
+    assert len(kept) == 32 and pruned.mid_block.attn.num_heads == 1 and pruned.config.noise_schedule
+    same = torch.equal(pruned.mid_block.mlp.fc1.weight, base.mid_block.mlp.fc1.weight.half().float()[kept])
+    assert same != reinit
+
+
 def _untrained_classifier():
     from sparsedm.models.classifier import GlyphClassifier
 

@@ -383,3 +383,20 @@ def test_report_of_a_model_from_a_file_says_why_layers_are_dense():
     notes = {row.name: row.note for row in sparsedm.report(zoo.load("glyphs-uvit-2x4")).rows}
     assert notes["decoder_pred"] == "excluded by rule decoder_pred" and notes["mid_block.mlp.fc1"] == ""
     assert not any(row.note for row in sparsedm.report(zoo.load("glyphs-uvit")).rows)
+
+
+def test_frozen_masks_stay_while_others_follow_the_weights():
+    frozen, free = (sparsify(nn.Sequential(nn.Linear(16, 8)), frozen=value) for value in (True, False))
+    for model in (frozen, free):
+        before = masks(model)["0"].clone()
+        keys = set(model.state_dict())
+        with torch.no_grad():
+            model[0].weight.copy_(model[0].weight.flip(1))
+        assert torch.equal(masks(model)["0"], before) == (model is frozen)
+        x = torch.randn(3, 16)
+        expected = nn.functional.linear(x, model[0].weight * masks(model)["0"], model[0].bias)
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(fold(copy.deepcopy(model))(x), expected)
+        assert keys == {"0.weight", "0.bias"}
+    set_pattern(frozen, "1:4")
+    assert masks(frozen)["0"].float().mean() == 0.25 and torch.equal(masks(frozen)["0"], nm.mask(frozen[0].weight, "1:4"))

@@ -3,22 +3,28 @@
 import json
 from pathlib import Path
 
-from sparsedm import bench, results
+import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+from sparsedm import bench, results, speed
+
+ROOT = Path(__file__).parent.parent
+README, SPEED = ((ROOT / name).read_text() for name in ("README.md", "docs/speed.md"))
 
 
-def section(name: str) -> str:
-    return README.split(f"<!-- {name}: ", 1)[1].split("-->\n", 1)[1].split(f"<!-- /{name} -->", 1)[0].strip()
+def section(name: str, page: str = README) -> str:
+    return page.split(f"<!-- {name}: ", 1)[1].split("-->\n", 1)[1].split(f"<!-- /{name} -->", 1)[0].strip()
 
 
 def test_results_table_is_the_stored_one():
     assert section("results") == results.table()
 
 
-def test_step_times_are_the_stored_ones():
-    stored = json.loads((results.RESULTS / "bench-step.json").read_text())
-    assert section("step") == bench.step_words(stored)
+@pytest.mark.parametrize(
+    ("name", "page"), [("step", README), ("paper", README), ("layers", SPEED)], ids=["step", "paper", "layers"]
+)
+def test_times_are_the_stored_ones(name, page):
+    stored = json.loads((results.RESULTS / f"bench-{name}.json").read_text())
+    assert section(name, page) == speed.words(stored)
 
 
 def test_training_cost_is_the_stored_one():
