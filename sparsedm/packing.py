@@ -103,7 +103,7 @@ def write(path: str | Path, state: Mapping[str, torch.Tensor], patterns: Mapping
             raise ValueError(f"{name}: {error}") from error
         if not torch.equal(unpack(values, positions, patterns[name], tensor.shape), tensor):
             raise ValueError(f"{name} does not survive packing (NaN?)")
-        tensors[name + VALUES], tensors[name + POSITIONS] = values, positions
+        tensors[_layer(name) + VALUES], tensors[_layer(name) + POSITIONS] = values, positions
         layers[name] = {"pattern": str(patterns[name]), "axis": 1, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
     checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
     metadata = {
@@ -139,13 +139,18 @@ def _unpack_all(path: str | Path, tensors: dict[str, torch.Tensor], layers: dict
     state = {}
     for name, layer in layers.items():
         try:
-            values, positions = tensors.pop(name + VALUES), tensors.pop(name + POSITIONS)
+            values, positions = tensors.pop(_layer(name) + VALUES), tensors.pop(_layer(name) + POSITIONS)
             if layer["axis"] != 1 or str(values.dtype) != layer["dtype"]:
                 raise ValueError(f"axis {layer['axis']} and dtype {values.dtype} are not what the metadata says")
             state[name] = unpack(values, positions, layer["pattern"], layer["shape"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: {name} cannot be unpacked: {error}") from error
     return state | tensors
+
+
+def _layer(name: str) -> str:
+    """A weight's layer: the tensors are named as in the state dict of a packed model (packed.py)."""
+    return name.removesuffix(".weight")
 
 
 def _check_version(path: str | Path, metadata: Mapping[str, str]) -> None:

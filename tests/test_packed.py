@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import sparsedm
@@ -53,6 +54,13 @@ def test_saving_a_packed_model_keeps_every_weight(tmp_path):
     ):
         assert all(torch.equal(v, back.state_dict()[k]) for k, v in expected.items())
     assert any(map(packed.is_packed, fast.modules()))  # untouched
+
+
+def test_the_packed_file_holds_the_state_dict_of_the_packed_model(tmp_path):
+    student = sparsedm.load("glyphs-unet-2x4")
+    sparsedm.save_packed(student, tmp_path / "packed", dtype=torch.float32)
+    state, stored = sparsedm.pack(student, backend="kernel").state_dict(), load_file(tmp_path / "packed" / "packed.safetensors")
+    assert state.keys() == stored.keys() and all(torch.equal(value, stored[key]) for key, value in state.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -99,8 +99,8 @@ def _edit_layer(metadata, **changes):
 @pytest.mark.parametrize(
     ("change", "fragment"),
     [
-        (lambda t, m: t["a.weight.values"].view(-1)[3].neg_(), "a.weight.values is damaged"),
-        (lambda t, m: t["a.weight.positions"].bitwise_xor_(1), "a.weight.positions is damaged"),
+        (lambda t, m: t["a.values"].view(-1)[3].neg_(), "a.values is damaged"),
+        (lambda t, m: t["a.positions"].bitwise_xor_(1), "a.positions is damaged"),
         (lambda t, m: t.update({"a.bias": torch.zeros(9)}), "a.bias is damaged"),
         (lambda t, m: t.pop("a.bias"), "not those that its metadata lists"),
         (lambda t, m: m.update(version="2"), "format version '2'"),
