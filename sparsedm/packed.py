@@ -40,13 +40,14 @@ class _PackedLayer(nn.Module):
         axis, inputs = self._channels, self.weight_shape[1]
         if x.dim() < -axis or x.shape[axis] != inputs:
             raise ValueError(f"{type(self).__name__} takes {inputs} inputs along axis {axis}, not x {list(x.shape)}")
-        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        wanted = torch.get_autocast_dtype(x.device.type) if autocast else self.values.dtype
+        values, bias, device = self.values, self.bias, x.device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        wanted = torch.get_autocast_dtype(device) if autocast else values.dtype
         dtype = torch.bfloat16 if wanted == torch.bfloat16 and self._bfloat else torch.float32  # that for float16, too
+        bias = None if bias is None else bias.to(dtype)
         # Compilers and the meta device need the operators; without them a call takes some microseconds less.
-        traced = x.device.type != "cpu" or torch.compiler.is_compiling()
-        bias = None if self.bias is None else self.bias.to(dtype)
-        y = self._run(torch.ops.sparsedm if traced else kernels, x.to(dtype), self.values.to(dtype), bias)
+        operators = torch.ops.sparsedm if device != "cpu" or torch.compiler.is_compiling() else kernels
+        y = self._run(operators, x.to(dtype), values.to(dtype), bias)
         return y.to(wanted if autocast else x.dtype)
 
     def dense_weight(self) -> torch.Tensor:

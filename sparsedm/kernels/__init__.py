@@ -4,6 +4,8 @@ Both compute on the CPU, in float32 or in bfloat16 with float32 sums. Weights ar
 positions (uint8) as `packing.pack` makes them; everything is checked before a kernel runs.
 """
 
+import functools
+
 import torch
 
 from .build import library
@@ -21,6 +23,7 @@ def available(dtype: torch.dtype = torch.float32) -> bool:
     return kernels is not None and (dtype == torch.float32 or (dtype == torch.bfloat16 and bool(kernels.sparsedm_has_bfloat())))
 
 
+@functools.cache
 def why_not(inputs: int, outputs: int, kept: int, dtype: torch.dtype) -> str:
     """Why no kernel takes `outputs` rows of `inputs` (channels * kernel size) with `kept` of every 4 nonzero, or ""."""
     if dtype not in (torch.float32, torch.bfloat16):
@@ -42,7 +45,7 @@ def nm4_linear(x: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, b
     """
     if x.dim() < 1:
         raise ValueError("x is [..., in], not a number")
-    inputs, outputs = x.shape[-1], len(values)
+    inputs, outputs = x.shape[-1], values.shape[0]
     kept = _check(x, values, positions, bias, inputs)
     y = x.new_empty(*x.shape[:-1], outputs)
     _call("sparsedm_nm4_linear", (x, values, positions, bias, y), x.numel() // inputs, inputs, outputs, kept)
@@ -70,7 +73,7 @@ def nm4_conv2d(
     images, channels, height, width = x.shape
     kept = _check(x, values, positions, bias, channels * kernel[0] * kernel[1])
     y = _conv_shape(x, values, positions, bias, kernel, stride, padding)
-    sizes = (images, channels, height, width, len(values), *kernel, stride, padding, kept)
+    sizes = (images, channels, height, width, values.shape[0], *kernel, stride, padding, kept)
     _call("sparsedm_nm4_conv2d", (x, values, positions, bias, y), *sizes)
     return y
 
@@ -79,37 +82,38 @@ def _check(x, values, positions, bias, inputs: int) -> int:
     """Kept weights per group of 4, or a ValueError."""
     if values.dim() != 2:
         raise ValueError(f"values are [out, kept inputs], not {list(values.shape)}")
-    tensors = [t for t in (x, values, bias) if t is not None]
-    if any(t.dtype != x.dtype or t.device.type != "cpu" for t in tensors) or positions.dtype != torch.uint8:
+    outputs, kind = values.shape[0], (x.dtype, x.device)
+    alike = (values.dtype, values.device) == kind and (bias is None or (bias.dtype, bias.device) == kind)
+    if not alike or x.device.type != "cpu" or positions.dtype != torch.uint8:
         raise ValueError("the packed kernels take x, values and bias of one dtype, and uint8 positions, on the CPU")
     kept = values.shape[1] * 4 // inputs if inputs else 0
-    reason = why_not(inputs, len(values), kept, x.dtype)
+    reason = why_not(inputs, outputs, kept, x.dtype)
     if reason:
         raise ValueError(f"{reason}; sparsedm.unpack gives plain layers")
     fits = values.shape[1] * 4 == inputs * kept and positions.numel() * 4 == values.numel()
-    if not fits or (bias is not None and bias.shape != (len(values),)):
+    if not fits or (bias is not None and bias.shape != (outputs,)):
         raise ValueError(f"x {list(x.shape)}, values {list(values.shape)} and {positions.numel()} bytes of positions do not fit")
     return kept
 
 
 def _call(name: str, tensors: tuple[torch.Tensor | None, ...], *sizes: int) -> None:
     x, values, positions, bias, y = tensors
-    bias = None if bias is None else bias.float()  # as the sums
-    tensors = [None if t is None else t.contiguous() for t in (x, values, positions, bias, y)]  # kept alive during the call
-    pointers = (None if t is None else t.data_ptr() for t in tensors)
+    x, values, positions = x.contiguous(), values.contiguous(), positions.contiguous()  # kept alive during the call
+    bias = None if bias is None else bias.float().contiguous()  # in float32, as the sums
+    pointers = x.data_ptr(), values.data_ptr(), positions.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
     if getattr(library(), name)(*pointers, x.dtype == torch.bfloat16, *sizes):
         raise MemoryError(f"{name} could not allocate its panels for x {list(x.shape)}")
 
 
 def _linear_shape(x, values, positions, bias):
-    return x.new_empty(*x.shape[:-1], len(values))
+    return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
 def _conv_shape(x, values, positions, bias, kernel, stride, padding):
     height, width = ((n + 2 * padding - k) // stride + 1 for n, k in zip(x.shape[2:], kernel, strict=True))
     if height < 1 or width < 1:
         raise ValueError(f"x {list(x.shape)} is smaller than the kernel {list(kernel)}")
-    return x.new_empty(len(x), len(values), height, width)
+    return x.new_empty(x.shape[0], values.shape[0], height, width)
 
 
 _definitions.impl("nm4_linear", nm4_linear, "CPU")

@@ -24,7 +24,7 @@ _lock = threading.Lock()
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None if there are none (then a warning has said why, once)."""
-    with _lock:
+    with _lock:  # two threads must not compile at once
         return _library()
 
 
