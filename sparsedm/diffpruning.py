@@ -39,7 +39,7 @@ def importance(
 
     Raises:
         ValueError: a threshold outside [0, 1).
-        FloatingPointError: a loss or gradient that is not finite; the timestep is named.
+        FloatingPointError: a loss that is not finite (the timestep is named), or in the end a gradient (its parameter is).
     """
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold {threshold} is not in [0, 1)")
@@ -59,7 +59,7 @@ def importance(
             loss.backward()
         yield TimestepLoss(t, steps, loss.item(), used)
         if not used:
-            return
+            break
     broken = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
     if broken:
         raise FloatingPointError(f"the gradient of {broken[0]} is not finite")

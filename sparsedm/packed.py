@@ -5,8 +5,8 @@ layers back, bit for bit. `sparsedm.report` tells which layers are packed, and w
 """
 
 import copy
+import functools
 import math
-import types
 import zlib
 
 import torch
@@ -21,6 +21,9 @@ FASTER = 1.02  # "auto" packs a layer whose kernel is faster by this: it saves m
 WHOLE_FASTER = 1.03  # and keeps a model packed that gains this much as a whole
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
 class _PackedLayer(nn.Module):
     """What the packed layers share: buffers `values` and `positions` of the weight [out, in, ...], and `bias` [out] or None."""
 
@@ -31,8 +34,16 @@ class _PackedLayer(nn.Module):
         self.register_buffer("values", values)
         self.register_buffer("positions", positions)
         self.register_buffer("bias", None if plain.bias is None else plain.bias.detach().clone())
-        self._bfloat = not kernels.why_not(math.prod(self.weight_shape[1:]), self.weight_shape[0], self.pattern.n, torch.bfloat16)
         self.times: tuning.Times | None = None  # what "auto" measured
+        self._choose_kernel()
+
+    def _choose_kernel(self) -> None:
+        inputs, outputs = math.prod(self.weight_shape[1:]), self.weight_shape[0]
+        self._bfloat = not kernels.why_not(inputs, outputs, self.pattern.n, torch.bfloat16)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._choose_kernel()  # the layer may come from another machine
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled():
@@ -40,14 +51,14 @@ class _PackedLayer(nn.Module):
         axis, inputs = self._channels, self.weight_shape[1]
         if x.dim() < -axis or x.shape[axis] != inputs:
             raise ValueError(f"{type(self).__name__} takes {inputs} inputs along axis {axis}, not x {list(x.shape)}")
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"{type(self).__name__} takes float32, bfloat16 or float16, not {x.dtype}")
         values, bias, device = self.values, self.bias, x.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         wanted = torch.get_autocast_dtype(device) if autocast else values.dtype
         dtype = torch.bfloat16 if wanted == torch.bfloat16 and self._bfloat else torch.float32  # that for float16, too
         bias = None if bias is None else bias.to(dtype)
-        # Compilers and the meta device need the operators; without them a call takes some microseconds less.
-        operators = torch.ops.sparsedm if device != "cpu" or torch.compiler.is_compiling() else kernels
-        y = self._run(operators, x.to(dtype), values.to(dtype), bias)
+        y = self._run(x.to(dtype), values.to(dtype), bias)
         return y.to(wanted if autocast else x.dtype)
 
     def dense_weight(self) -> torch.Tensor:
@@ -67,8 +78,8 @@ class PackedLinear(_PackedLayer):
         super().__init__(plain, pattern)
         self.in_features, self.out_features = plain.in_features, plain.out_features
 
-    def _run(self, operators, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return operators.nm4_linear(x, values, self.positions, bias)
+    def _run(self, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.ops.sparsedm.nm4_linear(x, values, self.positions, bias)
 
     def plain(self) -> nn.Linear:
         """The same layer unpacked."""
@@ -84,9 +95,9 @@ class PackedConv2d(_PackedLayer):
         super().__init__(plain, pattern)
         self.kernel_size, self.stride, self.padding = plain.kernel_size, plain.stride, plain.padding
 
-    def _run(self, operators, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         kernel, stride, padding = list(self.kernel_size), self.stride[0], self.padding[0]
-        return operators.nm4_conv2d(x, values, self.positions, bias, kernel, stride, padding)
+        return torch.ops.sparsedm.nm4_conv2d(x, values, self.positions, bias, kernel, stride, padding)
 
     def plain(self) -> nn.Conv2d:
         """The same layer unpacked."""
@@ -136,10 +147,15 @@ def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: dic
             layer.times = found
             _replace(model, name, layer)
     if auto and any(map(is_packed, model.modules())):
-        _unpack_if_slower(model, plain, inputs or dryrun.example_inputs(model, batch))
+        _unpack_if_slower(model, plain, _batched(inputs, batch) if inputs else dryrun.example_inputs(model, batch))
     if any(map(is_packed, model.modules())) and hasattr(model, "save_pretrained"):
-        model.save_pretrained = types.MethodType(_save_unpacked, model)
+        model.save_pretrained = functools.partial(_save_unpacked, model)
     return model
+
+
+def _batched(inputs: dict[str, torch.Tensor], batch: int) -> dict[str, torch.Tensor]:
+    """The inputs of one picture, `batch` times."""
+    return {k: v.expand(batch, *v.shape[1:]) if v.dim() and v.shape[0] == 1 else v for k, v in inputs.items()}
 
 
 def _save_unpacked(self: nn.Module, save_directory, **kwargs) -> None:
@@ -149,7 +165,7 @@ def _save_unpacked(self: nn.Module, save_directory, **kwargs) -> None:
 
 def _unpack_if_slower(model: nn.Module, plain: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
     """Layers that win alone may lose together: caches are cold within a model, and small layers cost overhead."""
-    names = [name for name, module in model.named_modules() if is_packed(module)]
+    names = {name: str(module.pattern) for name, module in model.named_modules() if is_packed(module)}
     shapes = [(name, tuple(p.shape), p.dtype) for name, p in plain.named_parameters()]
     key = (
         type(model).__name__,
@@ -217,7 +233,7 @@ def _times(module: nn.Linear | nn.Conv2d, pattern: NMPattern, shape: tuple[int, 
         packed, x = packed_layer(dense, pattern), torch.randn(shape).to(weight)
         return {"dense": lambda: dense(x), "packed": lambda: packed(x)}
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # the user's random numbers do not depend on what is remembered
         return tuning.times((cls.__name__, *sizes, pattern, weight.dtype, device, shape), variants)
 
 

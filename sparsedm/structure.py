@@ -122,8 +122,10 @@ def keep(group: Group, scores: torch.Tensor, ratio: float, round_to: int = 1) ->
     """
     if not torch.isfinite(scores).all():
         raise ValueError(f"the importance of {group.name} is not finite")
+    if group.channels % group.parts:
+        raise ValueError(f"{group.name} has {group.channels} channels in {group.parts} parts; they do not divide")
     size = group.channels // group.parts
-    stay = size - (group.channels - int(group.channels * (1 - ratio))) // group.parts
+    stay = size - (group.channels - int(group.channels * (1 - ratio) + 1e-9)) // group.parts
     while stay < size and stay * group.parts * group.width % round_to:
         stay += 1
     if stay < 1:
@@ -165,20 +167,44 @@ def apply(model: nn.Module, record: Record) -> nn.Module:
     for name, axes in record.items():
         if not isinstance(layers.get(name), _LAYERS):
             raise ValueError(f"the pruning record names {name}, which {type(model).__name__} does not have")
-        for axis, kept in axes.items():
-            fits = axis in ("out", "in") and kept and sorted(set(kept)) == kept and kept[0] >= 0
-            if not fits or kept[-1] >= _size(layers[name], axis):
+        for axis, kept in axes.items() if isinstance(axes, dict) else [("", axes)]:
+            if not _fits(layers[name], axis, kept):
                 raise ValueError(f"the pruning record does not fit {name} ({axis}): {str(kept)[:60]}")
-    for name, module in model.named_modules():
-        if isinstance(module, Attention) and f"{name}.qkv" in record:
-            module.num_heads = len(record[f"{name}.qkv"]["out"]) * module.num_heads // module.qkv.out_features
+    heads = {name: _heads(name, module, record) for name, module in layers.items() if isinstance(module, Attention)}
+    for name, kept in heads.items():
+        layers[name].num_heads = kept
     for name, axes in record.items():
         _cut(layers[name], *(torch.tensor(axes[axis]) if axis in axes else None for axis in ("out", "in")))
     for module in model.modules():
+        if isinstance(module, DiffusersAttention):  # for processors that scale by themselves
+            module.inner_dim = module.to_q.out_features
+            module.scale = (module.inner_dim // module.heads) ** -0.5
         if isinstance(module, (Upsample2D, Downsample2D)) and getattr(module, "conv", None) is not None:
             module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
     model.register_to_config(pruning=record)
     return model
+
+
+def _fits(layer: nn.Module, axis: str, kept: list[int]) -> bool:
+    known = ("out", "in") if isinstance(layer, (nn.Conv2d, nn.Linear)) else ("out",)
+    if axis not in known or not isinstance(kept, list) or not kept or any(type(entry) is not int for entry in kept):
+        return False
+    return sorted(set(kept)) == kept and kept[0] >= 0 and kept[-1] < _size(layer, axis)
+
+
+def _heads(name: str, attention: Attention, record: Record) -> int:
+    """How many heads of a U-ViT attention stay; queries, keys, values and the projection must lose the same whole ones."""
+    if not {f"{name}.qkv", f"{name}.proj"} & set(record):
+        return attention.num_heads
+    width = attention.proj.in_features
+    size = width // attention.num_heads
+    columns = record.get(f"{name}.proj", {}).get("in", [])
+    kept = [entry // size for entry in columns[::size]]
+    whole = [head * size + i for head in kept for i in range(size)]
+    rows = [part * width + entry for part in range(3) for entry in whole]
+    if not kept or columns != whole or record.get(f"{name}.qkv", {}).get("out") != rows:
+        raise ValueError(f"the pruning record does not fit {name}: its heads are not whole")
+    return len(kept)
 
 
 def _cut(layer: nn.Module, out: torch.Tensor | None, into: torch.Tensor | None) -> None:

@@ -56,7 +56,10 @@ def path() -> Path:
 
 def _read() -> dict[str, Times]:
     try:
-        return {name: Times(**row) for name, row in json.loads(path().read_text()).items()}
+        return {
+            name: Times(**{key: float(value) for key, value in row.items()})
+            for name, row in json.loads(path().read_text()).items()
+        }
     except (OSError, TypeError, ValueError, AttributeError):  # none yet, or damaged: measured again
         return {}
 

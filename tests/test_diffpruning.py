@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
@@ -79,6 +80,14 @@ def test_bad_thresholds_are_refused(threshold):
                 zoo.load("glyphs-uvit"), torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.long), threshold=threshold
             )
         )
+
+
+def test_a_gradient_that_is_not_finite_is_reported_after_an_early_stop():
+    model = zoo.load("glyphs-uvit")
+    model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
+    images, labels = data.stack(data.load("glyphs", n=2))
+    with pytest.raises(FloatingPointError, match=r"gradient of norm\.weight"):
+        list(diffpruning.importance(model, images, labels, threshold=0.5))
 
 
 def test_a_loss_that_is_not_finite_names_the_timestep():
@@ -197,6 +206,14 @@ def test_pruned_models_run_and_lose_what_they_should(name, score):
     assert not getattr(model.config, "pruning", None)
 
 
+@torch.no_grad()
+def test_pruned_attention_scales_by_its_new_width():
+    pruned = diffpruning.prune(zoo.load("glyphs-unet"), 0.5, score="magnitude")
+    expected = call(pruned)
+    pruned.set_attn_processor(AttnProcessor())  # which reads the scale from the module
+    torch.testing.assert_close(call(pruned), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_stays_are_the_best_channels_of_every_part():
     group = structure.Group(8, (structure.Member("a", "out", torch.arange(8), torch.arange(8)),), parts=2)
     scores = torch.tensor([1.0, 4, 3, 2, 50, 10, 30, 20])
@@ -257,6 +274,13 @@ def test_a_pruned_model_reloads_bit_for_bit_and_goes_through_the_rest_of_the_pac
         (lambda r: r["mid_block.mlp.fc1"].update(out=[3, 2]), "does not fit"),
         (lambda r: r["mid_block.mlp.fc1"].update(out=[]), "does not fit"),
         (lambda r: r["mid_block.mlp.fc1"].update(sideways=[1]), "does not fit"),
+        (lambda r: r["mid_block.mlp.fc1"].update(out=[0.0, 1.0]), "does not fit"),
+        (lambda r: r["mid_block.mlp.fc1"].update(out="01"), "does not fit"),
+        (lambda r: r.update({"mid_block.mlp.fc1": [1]}), "does not fit"),
+        (lambda r: r.update({"mid_block.norm1": {"in": [0]}}), "does not fit"),
+        (lambda r: r["mid_block.attn.qkv"].pop("out"), "heads are not whole"),
+        (lambda r: r["mid_block.attn.qkv"].update(out=[0, 1, 2, 3, 4]), "heads are not whole"),
+        (lambda r: r["mid_block.attn.proj"].update({"in": [0, 1]}), "heads are not whole"),
     ],
 )
 def test_records_that_do_not_fit_are_refused_and_change_nothing(change, message, tmp_path):

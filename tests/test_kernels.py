@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import pickle
 import platform
 import shutil
 import subprocess
@@ -202,6 +203,22 @@ def test_convolution_at_the_edges_of_blocks_and_images(dtype, pattern, size):
         assert_same(layer, torch.randn(images, 16, height, width, dtype=dtype), pattern)
 
 
+@per_dtype_and_pattern
+def test_convolution_with_more_outputs_than_a_block(dtype, pattern):
+    layer = sparse(nn.Conv2d(16, 600, 3, padding=1), pattern).to(dtype)
+    assert_same(layer, torch.randn(2, 16, 5, 5, dtype=dtype), pattern)
+
+
+@pytest.mark.skipif(torch.bfloat16 not in KINDS, reason="no AVX512-BF16")
+@torch.no_grad()
+def test_bfloat16_results_are_rounded_to_the_nearest():
+    linear, conv = (sparse(layer).bfloat16() for layer in (nn.Linear(64, 32), nn.Conv2d(16, 8, 3)))
+    for layer, x in ((linear, torch.randn(257, 64)), (conv, torch.randn(4, 16, 12, 12))):
+        x = x.bfloat16()
+        expected = copy.deepcopy(layer).double()(x.double()).bfloat16()
+        assert (pack(layer)(x) == expected).float().mean() > 0.98
+
+
 def test_convolution_of_no_images_has_none():
     layer = pack(sparse(nn.Conv2d(16, 8, 3)))
     assert layer(torch.randn(0, 16, 5, 7)).shape == (0, 8, 3, 5)
@@ -336,6 +353,22 @@ def test_gradients_are_refused(layer, x):
         pack(layer)(x.requires_grad_())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64], ids=str)
+def test_inputs_of_other_dtypes_are_refused(layer, x, dtype):
+    with pytest.raises(ValueError, match="takes float32, bfloat16 or float16"):
+        pack(layer)(x.to(dtype))
+
+
+def test_tracing_keeps_the_operators(layer, x):
+    fast = pack(layer)
+    torch.testing.assert_close(torch.jit.trace(fast, x)(x + 1), fast(x + 1))
+
+
+def test_layers_survive_pickling(layer, x):
+    fast = pack(layer)
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(x), fast(x))
+
+
 @pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_half_precision_inputs_are_computed_in_float32(layer, x, cast):
@@ -404,6 +437,19 @@ def test_what_is_no_convolution_is_refused(kernel, stride, padding):
         torch.ops.sparsedm.nm4_conv2d(torch.randn(1, 16, 5, 5), *buffers, kernel, stride, padding)
 
 
+def test_small_stacks_are_enough():
+    """Python threads may have less stack than a block of sums needs (the sanitizer needs more, so it skips this)."""
+    conv, x, results = pack(sparse(nn.Conv2d(64, 256, 3, padding=1))), torch.randn(1, 64, 16, 16), []
+    before = threading.stack_size(131072)
+    try:
+        thread = threading.Thread(target=lambda: results.append(conv(x)))
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    assert torch.equal(results[0], conv(x))
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_operators_pass_torchs_own_checks(bias):
     linear, conv = pack(sparse(nn.Linear(32, 7, bias))), pack(sparse(nn.Conv2d(16, 3, (1, 3), 2, 2, bias=bias)))
@@ -469,6 +515,6 @@ def test_address_sanitizer_finds_nothing_in_this_file(tmp_path):
     caught = _with_kernels(SANITIZER, tmp_path, ("-c", _READ_TOO_FAR), **changes)
     assert caught.stdout == "within bounds\n" and caught.returncode, caught.stderr[-4000:]
     assert "heap-buffer-overflow" in caught.stderr and build.SOURCE.name in caught.stderr
-    rest = "not sanitizer and not compile and not torchs and not narrower"
+    rest = "not sanitizer and not compile and not torchs and not narrower and not stacks"
     clean = _with_kernels(SANITIZER, tmp_path, (*_PYTEST, rest), **changes)
     assert not clean.returncode and "skipped" not in clean.stdout, (clean.stdout + clean.stderr)[-8000:]

@@ -88,6 +88,37 @@ def test_under_autocast_layers_compute_in_bfloat16():
     assert layer(x).dtype == torch.float32
 
 
+def test_a_packed_model_survives_pickling_and_copies_save_themselves(tmp_path):
+    fast = sparsedm.pack(sparsedm.load("glyphs-uvit-2x4"), backend="kernel")
+    torch.save(fast, tmp_path / "model.pt")
+    back = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert all(torch.equal(value, back.state_dict()[key]) for key, value in fast.state_dict().items())
+    copied = copy.deepcopy(fast)
+    with torch.no_grad():
+        copied.pos_embed.zero_()
+    copied.save_pretrained(tmp_path / "copy")
+    assert not sparsedm.load(tmp_path / "copy").pos_embed.any() and fast.pos_embed.any()
+
+
+def test_patterns_are_timed_apart_and_leave_the_random_numbers_alone(monkeypatch):
+    keys = []
+
+    def record(key, variants, **options):
+        variants()
+        keys.append(key)
+        return tuning.Times(2.0, 1.0, 2.0)
+
+    monkeypatch.setattr(tuning, "times", record)
+    state = torch.get_rng_state()
+    for pattern in ("1:4", "3:4"):
+        model = layers.fold(sparsedm.sparsify(sparsedm.load("glyphs-uvit"), pattern))
+        torch.set_rng_state(state)
+        sparsedm.pack(model, batch=3, inputs=dryrun.example_inputs(model, 1))
+        assert torch.equal(torch.get_rng_state(), state)
+    whole = [key for key in keys if key[0] == "UViTModel"]
+    assert len(set(map(str, whole))) == 2 and all("(3, 1, 16, 16)" in str(key) for key in whole)
+
+
 @torch.no_grad()
 def test_packed_weights_take_little_memory():
     student = sparsedm.load("glyphs-uvit-2x4")

@@ -46,7 +46,9 @@ def test_other_keys_and_threads_are_measured_anew(file):
     assert len(calls) == 3 and len(json.loads(file.read_text())) == 3
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', '{"a": {"dense": 1}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"a": 1}', '{"a": {"dense": 1}}', '{"a": {"dense": 1, "packed": 1, "gain": null}}']
+)
 def test_a_damaged_file_is_measured_over(file, content):
     file.write_text(content)
     calls = []

@@ -68,6 +68,8 @@ def nm4_conv2d(
     """
     if x.dim() != 4 or x.shape[1] % 4:
         raise ValueError(f"x is [B, C, H, W] with C a multiple of 4, not {list(x.shape)}")
+    if min(x.shape[2:]) < 1:
+        raise ValueError(f"x {list(x.shape)} has no pixels")
     if len(kernel) != 2 or min(*kernel, stride, padding + 1) < 1:
         raise ValueError(f"kernel {kernel}, stride {stride} and padding {padding} are no convolution")
     images, channels, height, width = x.shape
@@ -84,6 +86,7 @@ def _check(x, values, positions, bias, inputs: int) -> int:
         raise ValueError(f"values are [out, kept inputs], not {list(values.shape)}")
     outputs, kind = values.shape[0], (x.dtype, x.device)
     alike = (values.dtype, values.device) == kind and (bias is None or (bias.dtype, bias.device) == kind)
+    alike = alike and positions.device == x.device
     if not alike or x.device.type != "cpu" or positions.dtype != torch.uint8:
         raise ValueError("the packed kernels take x, values and bias of one dtype, and uint8 positions, on the CPU")
     kept = values.shape[1] * 4 // inputs if inputs else 0
@@ -100,6 +103,7 @@ def _call(name: str, tensors: tuple[torch.Tensor | None, ...], *sizes: int) -> N
     x, values, positions, bias, y = tensors
     x, values, positions = x.contiguous(), values.contiguous(), positions.contiguous()  # kept alive during the call
     bias = None if bias is None else bias.float().contiguous()  # in float32, as the sums
+    torch.get_num_threads()  # makes torch.set_num_threads hold in a Python thread that has not used torch yet
     pointers = x.data_ptr(), values.data_ptr(), positions.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
     if getattr(library(), name)(*pointers, x.dtype == torch.bfloat16, *sizes):
         raise MemoryError(f"{name} could not allocate its panels for x {list(x.shape)}")

@@ -32,9 +32,10 @@ def library() -> ctypes.CDLL | None:
 def _library() -> ctypes.CDLL | None:
     if os.environ.get(DISABLE):
         return None
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    compiler = shlex.split(found or "")  # CXX may have arguments: "ccache g++"
     try:
-        if compiler is None:
+        if not compiler:
             raise OSError("no C++ compiler found (g++ or clang++)")
         return _declared(ctypes.CDLL(str(_compiled(compiler))))
     except (OSError, subprocess.CalledProcessError) as error:
@@ -54,15 +55,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsedm"
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: list[str]) -> Path:
     """The shared library for this source, compiler and CPU."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     flags = [*FLAGS, *shlex.split(os.environ.get(EXTRA_FLAGS, ""))]
     key = "\0".join([SOURCE.read_text(), version, *flags, _cpu()])
     path = cache_folder() / f"nm-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         with replacing(path) as temporary:
-            command = [compiler, *flags, str(SOURCE), "-o", str(temporary)]
+            command = [*compiler, *flags, str(SOURCE), "-o", str(temporary)]
             subprocess.run(command, capture_output=True, text=True, check=True)
     return path
 

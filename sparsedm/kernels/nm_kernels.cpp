@@ -39,7 +39,7 @@ static inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec
 static inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 
 // Memory for `count` elements that a thread keeps for its next call, as fresh memory costs a page fault every 4 KB; null if there
-// is none. Each kTag is another piece.
+// is none. Each T and kTag is another piece.
 template <class T, int kTag>
 static T* workspace(int64_t count) {
   static thread_local std::unique_ptr<void, void (*)(void*)> memory(nullptr, std::free);
@@ -343,8 +343,8 @@ struct Linear {
     int failed = kDone;
 #pragma omp parallel
     {
-      alignas(64) float sums[kOutputs * width];
-      Element* panel = workspace<Element, 2>(rows * width);
+      float* const sums = workspace<float, 4>(kOutputs * width);
+      Element* const panel = sums ? workspace<Element, 2>(rows * width) : nullptr;
       int64_t filled = -1;
       if (!panel) {
 #pragma omp atomic write
@@ -404,7 +404,7 @@ static void pad(const Shape& s, const typename Kernel::Value* x, typename Kernel
         continue;
       }
       for (int64_t remainder = 0; remainder < s.stride; ++remainder) {
-        int64_t at = std::max<int64_t>(0, (s.padding - remainder + s.stride - 1) / s.stride);
+        const int64_t at = (s.padding - remainder + s.stride - 1) / s.stride;
         Element* to = row + remainder * s.phase() + at;
         for (int64_t c = at * s.stride + remainder - s.padding; c < s.width; c += s.stride)
           Kernel::spread(from + r * s.width + c, area, to++, 1);
@@ -487,22 +487,29 @@ struct Convolution {
     // Few pixels, as in the innermost levels of a UNet: share out the outputs as well.
     const int64_t shares =
         std::max<int64_t>((w.outputs + kOutputs - 1) / kOutputs, (omp_get_max_threads() + blocks - 1) / blocks);
-    const int64_t chunk = std::min(kOutputs, ((w.outputs + shares - 1) / shares + 7) / 8 * 8),
-                  chunks = (w.outputs + chunk - 1) / chunk;
+    const int64_t chunk = ((w.outputs + shares - 1) / shares + 7) / 8 * 8;  // at most kOutputs, which 8 divides
+    const int64_t chunks = (w.outputs + chunk - 1) / chunk;
     const Kernel kernel(w);
     Element* const planes = workspace<Element, 3>(s.images * per_image * s.plane());
     if (!kernel.ready() || !planes) return kNoMemory;
     pad<Kernel>(s, x, planes);
+    int failed = kDone;
 #pragma omp parallel
     {
-      alignas(64) Element panel[slice * width];
-      alignas(64) float sums[kOutputs * width];
+      float* const sums = workspace<float, 4>(kOutputs * width);
+      Element* const panel = sums ? workspace<Element, 5>(slice * width) : nullptr;
       Run runs[width], pieces[2 * width];
       int64_t length;
-      std::memset(panel, 0, sizeof(panel));  // columns beyond the last pixel are computed, too, and must not be garbage
+      if (panel) {
+        std::fill_n(panel, slice * width, Element());  // columns beyond the last pixel are computed, too, and denormals are slow
+      } else {
+#pragma omp atomic write
+        failed = kNoMemory;
+      }
 #pragma omp for collapse(2)
       for (int64_t b = 0; b < blocks; ++b)
         for (int64_t c = 0; c < chunks; ++c) {
+          if (!panel) continue;
           const int64_t first = c * chunk, last = std::min(first + chunk, w.outputs);
           const int64_t pixel = b * width, pixels = std::min(width, total - pixel);
           const int number =
@@ -520,7 +527,7 @@ struct Convolution {
           }
         }
     }
-    return kDone;
+    return failed;
   }
 };
 
