@@ -78,7 +78,8 @@ def _traced_groups(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list
 
     names = {module: name for name, module in model.named_modules()}
     try:
-        graph = tp.DependencyGraph().build_dependency(model, example_inputs=dict(inputs), verbose=False)
+        with torch.enable_grad():  # it follows the autograd graph
+            graph = tp.DependencyGraph().build_dependency(model, example_inputs=dict(inputs), verbose=False)
         traced = list(graph.get_all_groups(ignored_layers=[model.conv_out], root_module_types=[nn.Conv2d, nn.Linear]))
     except Exception as error:  # of any kind: it runs the model and walks its autograd graph
         raise ValueError(f"torch-pruning cannot trace {type(model).__name__}: {error}") from error
