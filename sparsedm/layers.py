@@ -201,6 +201,16 @@ def _to_plain(module: _NMLayer) -> None:
     del module.pattern, module.decay, module.decay_mode, module.frozen_mask
 
 
+def with_weights(plain: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """`plain`, a new linear or convolution layer, with these weights, their dtype and device, in eval mode."""
+    plain.to(weight.device, weight.dtype)
+    with torch.no_grad():
+        plain.weight.copy_(weight)
+        if bias is not None:
+            plain.bias.copy_(bias)
+    return plain.eval()
+
+
 def densify(model: nn.Module) -> nn.Module:
     """Back to plain layers with the dense master weights, in place; the masks are dropped. Returns the model."""
     return _leave(model, keep_mask=False)

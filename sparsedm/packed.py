@@ -19,8 +19,6 @@ from .semi_structured import SemiStructuredLayer
 BACKENDS = ("auto", "kernel")
 FASTER = 1.02  # "auto" packs a layer whose kernel is faster by this: it saves memory, too
 WHOLE_FASTER = 1.03  # and keeps a model packed that gains this much as a whole
-
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -83,7 +81,8 @@ class PackedLinear(_PackedLayer):
 
     def plain(self) -> nn.Linear:
         """The same layer unpacked."""
-        return _with_weights(nn.Linear(self.in_features, self.out_features, self.bias is not None), self)
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        return layers.with_weights(plain, self.dense_weight(), self.bias)
 
 
 class PackedConv2d(_PackedLayer):
@@ -103,16 +102,7 @@ class PackedConv2d(_PackedLayer):
         """The same layer unpacked."""
         outputs, inputs = self.weight_shape[:2]
         conv = nn.Conv2d(inputs, outputs, self.kernel_size, self.stride, self.padding, bias=self.bias is not None)
-        return _with_weights(conv, self)
-
-
-def _with_weights(plain: nn.Module, packed: _PackedLayer) -> nn.Module:
-    plain.to(packed.values.device, packed.values.dtype)
-    with torch.no_grad():
-        plain.weight.copy_(packed.dense_weight())
-        if packed.bias is not None:
-            plain.bias.copy_(packed.bias)
-    return plain.eval()
+        return layers.with_weights(conv, self.dense_weight(), self.bias)
 
 
 def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: dict[str, torch.Tensor] | None = None) -> nn.Module:

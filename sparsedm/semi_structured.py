@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
-from . import nm
+from . import layers, nm
 from .nm import NMPattern
 
 
@@ -50,13 +50,7 @@ class SemiStructuredLayer(nn.Module):
         outputs, inputs = self.weight_shape[:2]
         bias = self.bias is not None
         plain = nn.Conv2d(inputs, outputs, 1, bias=bias) if len(self.weight_shape) == 4 else nn.Linear(inputs, outputs, bias)
-        weight = self.dense_weight()
-        plain.to(weight.device, weight.dtype)
-        with torch.no_grad():
-            plain.weight.copy_(weight)
-            if bias:
-                plain.bias.copy_(self.bias)
-        return plain.eval()
+        return layers.with_weights(plain, self.dense_weight(), self.bias)
 
     def __deepcopy__(self, memo: dict) -> "SemiStructuredLayer":
         return type(self)(self.plain(), self.pattern)  # compressed tensors cannot be copied

@@ -154,18 +154,15 @@ def _bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
-class _threads:
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
     """So many threads within the block."""
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def __enter__(self):
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.count)
-
-    def __exit__(self, *_):
-        torch.set_num_threads(self.before)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 HEAD = ("", "dtype", "threads", "dense ms", "oneDNN ms", "packed ms", "speed-up", "over oneDNN")
