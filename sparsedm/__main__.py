@@ -1,6 +1,8 @@
 """The command line: `python -m sparsedm COMMAND --help`."""
 
 import json
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
 
@@ -14,36 +16,51 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 @app.command()
 def reproduce(
-    name: Annotated[str, typer.Argument(help="A recipe, such as glyphs-uvit-2x4; 'list' shows them all.")],
+    name: Annotated[
+        str, typer.Argument(help="A recipe, such as glyphs-uvit-2x4, or several: 'glyphs-unet-short-*'; 'list' shows them all.")
+    ] = "",
+    all: Annotated[bool, typer.Option("--all", help="Every recipe with all its seeds; what is finished is skipped.")] = False,
     out: Annotated[
         Path, typer.Option(help="Folder for checkpoints, pictures and results; a stopped run goes on from it.")
     ] = Path("runs"),
-    n: Annotated[int, typer.Option(help="Pictures to score.")] = 10_000,
+    n: Annotated[int | None, typer.Option(help="Pictures to score instead of the recipe's number.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of training and pictures; by default all of the recipe's, in turn.")] = None,
     bundle: Annotated[bool, typer.Option(help="Copy model, card and results into the package.")] = False,
     steps: Annotated[int | None, typer.Option(help="Training steps instead of the recipe's, for a trial.")] = None,
+    inception: Annotated[str | None, typer.Option(help="Inception's weights, for FID on sets other than the glyphs.")] = None,
 ) -> None:
-    """Train, save and score one of the experiments. Example: python -m sparsedm reproduce glyphs-uvit-2x4"""
+    """Train, save and score experiments. Example: python -m sparsedm reproduce glyphs-uvit-2x4"""
     from sparsedm import experiment, recipes
 
     if name == "list":
-        for known in recipes.NAMES:
-            print(known)
+        print("\n".join(recipes.NAMES))
         return
+    if bool(name) == all:
+        raise ValueError("name a recipe (reproduce list shows them), or ask for --all")
+    overrides = {} if steps is None else {"steps": steps}
+    chosen = [recipe for recipe in recipes.NAMES if all or fnmatchcase(recipe, name)] or [name]
+    for recipe in chosen:
+        for number in recipes.seeds(recipe) if seed is None else (seed,):
+            run, protocol = experiment.run_name(recipe, number), recipes.protocol(recipe, n)
+            states = experiment.reproduce(recipe, out, protocol, bundle, number, inception, **overrides)
+            if len(chosen) > 1 and experiment.finished(out, run) and not bundle:
+                continue
+            _show(run, states)
+            print(f"results in {out / run / experiment.RESULTS_FILE}")
+
+
+def _show(run: str, states: Iterator) -> None:
+    """Draw a bar for every stage of a generator of `Progress`."""
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-    )
+    )  # fmt: skip
     with Progress(*columns) as bar:
         tasks = {}
-        overrides = {} if steps is None else {"steps": steps}
-        for state in experiment.reproduce(name, out, recipes.Protocol(n=n), bundle, **overrides):
+        for state in states:
             if state.stage not in tasks:
-                tasks[state.stage] = bar.add_task(f"{name}: {state.stage}", total=state.total, note="")
+                tasks[state.stage] = bar.add_task(f"{run}: {state.stage}", total=state.total, note="")
             bar.update(tasks[state.stage], completed=state.done, note=state.note)
-    print(f"results in {out / name / 'results.json'}")
 
 
 @app.command()

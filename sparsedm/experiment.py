@@ -1,4 +1,4 @@
-"""Carrying out a recipe: train, save, score, and write down what came out.
+"""Carrying out a recipe: prune or mask, train, save, score, and write down what came out.
 
 `python -m sparsedm reproduce NAME` resumes where it stopped and leaves in its folder the training log, the checkpoint, the
 model, the pictures it was scored on and `results.json`. Only the saved model is scored: what is reported is what is shipped.
@@ -8,73 +8,99 @@ import copy
 import datetime
 import json
 import platform
+import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from . import data, diffpruning, diffusion, distill, layers, macs, metrics, nm, structure
+from . import data, diffpruning, distill, evaluation, layers, macs, metrics, nm, structure
+from .evaluation import Progress
 from .files import replacing
 from .models import classifier, zoo
 from .recipes import CLASSIFIER, NOISE_SCHEDULE, Protocol, Recipe, recipe
 from .results import RESULTS, card
 
-CHUNK = 500  # pictures sampled between two saves
 IMPORTANCE_PICTURES = 128  # as many as the Diff-Pruning code takes of CIFAR-10
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What `reproduce` yields: `done` of `total` in a stage ("train", "sample", "score", "done"), and a line to show."""
-
-    stage: str
-    done: int
-    total: int
-    note: str = ""
+RESULTS_FILE = "results.json"
+WATCH_PICTURES = metrics.MIN_SAMPLES["fd"]
 
 
 def reproduce(
-    name: str, out: str | Path = "runs", protocol: Protocol = Protocol(), bundle: bool = False, **train_options
+    name: str,
+    out: str | Path = "runs",
+    protocol: Protocol | None = None,
+    bundle: bool = False,
+    seed: int = 0,
+    inception: str | None = None,
+    **train_options,
 ) -> Iterator[Progress]:
-    """Train, save and score the recipe `name` in the folder `out`/`name`, going on from whatever is there.
+    """Train, save and score the recipe `name` in the folder `out`/`run_name(name, seed)`, going on from whatever is there.
 
     A student starts from its base's model in `out` if that was made there, else from the bundled one.
 
     Args:
-        bundle: also copy the model, its card and its results into the package.
+        protocol: how to score, the recipe's own by default.
+        bundle: also copy the results into the package, and with seed 0 the model and its card if the recipe says so.
+        seed: of the training's draws and of the pictures' noise; the base is the same for all.
+        inception: path of Inception's weights, for FID on sets other than the glyphs.
         **train_options: override fields of the recipe's training, for trials.
     """
     if name == CLASSIFIER:
         yield from _reproduce_classifier(Path(out, name), bundle)
         return
-    chosen = recipe(name)
-    folder = Path(out, name)
+    chosen, run = recipe(name), run_name(name, seed)
+    protocol = protocol or chosen.protocol
+    protocol = replace(protocol, seed=protocol.seed + seed)
+    folder = Path(out, run)
     settings = {**chosen.train, **train_options} if chosen.train else {}
+    if settings and seed:
+        settings["seed"] = seed
     _claim(folder, settings)
     if not (folder / "model" / zoo.CONFIG).exists():
-        model = yield from _make(chosen, Path(out), folder, settings)
+        model = yield from _make(chosen, Path(out), folder, settings, seed)
         zoo.save(model, folder / "model", torch.float16)
     model = zoo.load(folder / "model")
     _check_pattern(model, chosen)
-    images, labels = yield from _sample(model, folder / "samples.safetensors", protocol, "sample")
+    images = yield from evaluation.sample(model, folder, protocol)
     base_images = None
     if chosen.base:
         source, made_here = _base(chosen, Path(out))
-        path = Path(out, chosen.base) if made_here else folder / "base"
-        base_images, _ = yield from _sample(zoo.load(source), path / "samples.safetensors", protocol, "sample the base")
+        place = Path(out, chosen.base) if made_here else folder / "base"
+        base_images = yield from evaluation.sample(zoo.load(source), place, protocol, "sample the base")
+    curve = []
+    if settings and chosen.watch:
+        curve = yield from _curve(chosen, folder, protocol, images, settings["steps"])
     yield Progress("score", 0, 1)
-    scores = _score(chosen, protocol, images, labels, base_images)
-    results = _results(name, chosen, model, protocol, scores, folder, settings)
-    _write_json(folder / "results.json", results)
+    asked = evaluation.labels(model, protocol.n)
+    scores = evaluation.score(images, asked, chosen.data, base_images, inception)
+    results = {"name": run, "command": f"python -m sparsedm reproduce {name}" + (f" --seed {seed}" if seed else "")}
+    results |= {
+        "seed": seed,
+        "scores": scores,
+        "curve": curve,
+        "protocol": asdict(protocol),
+        **_results(chosen, model, folder, settings),
+    }
+    _write_json(folder / RESULTS_FILE, results)
     if bundle:
-        _write_json(RESULTS / f"{name}.json", results)
-        if chosen.bundle:
+        _write_json(RESULTS / f"{run}.json", results)
+        if chosen.bundle and not seed:
             zoo.save(model, zoo.ASSETS / name, torch.float16, card=card(name, results))
     yield Progress("done", 1, 1, json.dumps(scores))
+
+
+def run_name(name: str, seed: int) -> str:
+    """The folder and results file of one run of a recipe."""
+    return f"{name}-seed{seed}" if seed else name
+
+
+def finished(out: str | Path, run: str) -> bool:
+    """Whether the run has written its results in `out`."""
+    return Path(out, run, RESULTS_FILE).exists()
 
 
 def _claim(folder: Path, settings: dict) -> None:
@@ -85,13 +111,35 @@ def _claim(folder: Path, settings: dict) -> None:
     _write_json(path, settings)
 
 
-def _make(chosen: Recipe, out: Path, folder: Path, settings: dict) -> Iterator[Progress]:
-    """Train the recipe's model (a generator that returns it, folded)."""
-    model, teacher = _start(chosen, out)
+def _make(chosen: Recipe, out: Path, folder: Path, settings: dict, seed: int) -> Iterator[Progress]:
+    """Train the recipe's model (a generator that returns it, folded), saving it on the way where the recipe watches."""
+    model, teacher = yield from _start(chosen, out, seed)
     if settings:
-        teacher = teacher if chosen.distil else None
-        yield from _logged(distill.finetune(model, teacher, chosen.data, out=folder / "train", **settings), folder / "log.jsonl")
+        if 0 in chosen.watch:
+            zoo.save(layers.folded(model), _at(folder, 0), torch.float16)
+        log, teacher = _Log(folder / "log.jsonl"), teacher if chosen.distil else None
+        for state in distill.finetune(model, teacher, chosen.data, out=folder / "train", **settings):
+            if state.step in chosen.watch:
+                zoo.save(layers.fold(state.ema_model()), _at(folder, state.step), torch.float16)
+            yield from log.add(state)
     return layers.fold(model)
+
+
+def _at(folder: Path, step: int) -> Path:
+    return folder / f"step-{step}" / "model"
+
+
+def _curve(chosen: Recipe, folder: Path, protocol: Protocol, last: torch.Tensor, steps: int) -> Iterator[Progress]:
+    """Scores of the models saved on the way and of the last one's pictures (a generator that returns them)."""
+    few, points = replace(protocol, n=WATCH_PICTURES), []
+    for step in (step for step in chosen.watch if step < steps and _at(folder, step).exists()):
+        model = zoo.load(_at(folder, step))
+        images = yield from evaluation.sample(model, folder / f"step-{step}", few, f"sample step {step}")
+        points.append((step, images))
+    return [
+        {"step": step, **evaluation.score(images[:WATCH_PICTURES], None, chosen.data)}
+        for step, images in [*points, (steps, last)]
+    ]
 
 
 def _base(chosen: Recipe, out: Path) -> tuple[str | Path, bool]:
@@ -100,74 +148,91 @@ def _base(chosen: Recipe, out: Path) -> tuple[str | Path, bool]:
     return (made_here, True) if (made_here / zoo.CONFIG).exists() else (chosen.base, False)
 
 
-def _score(chosen: Recipe, protocol: Protocol, images: torch.Tensor, labels: torch.Tensor, base: torch.Tensor | None) -> dict:
-    reference, _ = data.stack(data.load(chosen.data, split="test", n=protocol.n))
-    scores = metrics.frechet(images, data.to_uint8(reference))
-    scores["readability"] = metrics.readability(images, labels)
-    if base is not None:
-        scores["ssim_to_base"] = metrics.ssim(images, base).mean().item()
-    return scores
-
-
-def _start(chosen: Recipe, out: Path) -> tuple[nn.Module, nn.Module | None]:
+def _start(chosen: Recipe, out: Path, seed: int) -> Iterator[Progress]:
+    """The model to train and its teacher (a generator that returns both)."""
     if not chosen.base:
         cls, config = chosen.model
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = cls(**config)
         model.register_to_config(noise_schedule=NOISE_SCHEDULE)
         return model, None
     source, _ = _base(chosen, out)
     model, teacher = zoo.load(source), zoo.load(source)
     if chosen.prune:
-        model = _pruned(model, chosen)
+        model = yield from _pruned(model, chosen, out / chosen.base, seed)
     if chosen.pattern:
         layers.sparsify(model, chosen.pattern, **chosen.sparsify)
     return model, teacher
 
 
-def _pruned(model: nn.Module, chosen: Recipe) -> nn.Module:
-    """The base without channels, by the recipe's score, or the same shape with fresh weights."""
+def _pruned(model: nn.Module, chosen: Recipe, folder: Path, seed: int) -> Iterator[Progress]:
+    """The base without channels, by the recipe's score, or the same shape with fresh weights (a generator that returns it)."""
     options = dict(chosen.prune)
     threshold, reinit = options.pop("threshold", None), options.pop("reinit", False)
     if threshold is not None:
-        images, labels = data.stack(data.load(chosen.data, n=IMPORTANCE_PICTURES))
-        for _ in diffpruning.importance(model, images, labels, threshold=threshold):
-            pass
-    pruned = diffpruning.prune(model, **options)
+        yield from _importance(model, chosen.data, threshold, seed, folder)
+    pruned = diffpruning.prune(model, seed=seed, **options)
     if not reinit:
         return pruned
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     fresh = type(model).from_config({k: v for k, v in model.config.items() if k != "noise_schedule"})
     fresh.register_to_config(noise_schedule=model.config.noise_schedule)
     return structure.apply(fresh, pruned.config.pruning)
 
 
-def _logged(states: Iterator[distill.TrainState], path: Path, every: int = 50) -> Iterator[Progress]:
-    """Pass training states on as progress; append means over `every` steps (and mask flips) to a JSON-lines file."""
-    sums, count, before = {}, 0, None
-    for state in states:
-        if before is None:
-            _keep_log_before(path, state.step)
-            before = {}
-        count += 1
+def _importance(model: nn.Module, dataset: str, threshold: float, seed: int, folder: Path) -> Iterator[Progress]:
+    """Give the model the gradients of Diff-Pruning's importance; they are kept in `folder` for the next recipe."""
+    path = folder / f"importance-{threshold:g}-{seed}.safetensors"
+    if not path.exists():
+        images, labels = data.stack(data.load(dataset, n=IMPORTANCE_PICTURES))
+        for state in diffpruning.importance(model, images, labels, threshold=threshold, seed=seed):
+            yield Progress("importance", state.timestep + 1, state.timesteps, f"loss {state.loss:.4f}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            save_file({k: p.grad for k, p in model.named_parameters() if p.grad is not None}, temporary)
+    gradients = load_file(path)
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients.get(name)
+
+
+class _Log:
+    """Means over `every` training steps (and mask flips), appended to a JSON-lines file."""
+
+    def __init__(self, path: Path, every: int = 50):
+        self.path, self.every = path, every
+        self.sums, self.count, self.masks = {}, 0, None
+
+    def add(self, state: distill.TrainState) -> Iterator[Progress]:
+        if self.masks is None:
+            self._drop_from(state.step)
+            self.masks = {}
+        self.count += 1
         for term, value in {"loss": state.loss, **state.terms, "seconds": state.seconds}.items():
-            sums[term] = sums.get(term, 0) + value
-        if state.step % every == 0 or state.step == state.steps:
-            line = {"step": state.step, "lr": state.lr, **{k: v / count for k, v in sums.items()}}
-            now = layers.masks(state.model)
-            if before:
-                line["mask_change"] = layers.mask_change(before, now)
-            before, sums, count = now, {}, 0
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            yield Progress("train", state.step, state.steps, f"loss {line['loss']:.4f}")
+            self.sums[term] = self.sums.get(term, 0) + value
+        if state.step % self.every and state.step < state.steps:
+            return
+        line = {"step": state.step, "lr": state.lr, **{k: v / self.count for k, v in self.sums.items()}}
+        now = layers.masks(state.model)
+        if self.masks:
+            line["mask_change"] = layers.mask_change(self.masks, now)
+        self.masks, self.sums, self.count = now, {}, 0
+        _append(self.path, line)
+        yield Progress("train", state.step, state.steps, f"loss {line['loss']:.4f}")
+
+    def _drop_from(self, step: int) -> None:
+        """Drop what a killed run logged after its last checkpoint."""
+        kept = [line for line in _lines(self.path) if line["step"] < step]
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
-def _keep_log_before(path: Path, step: int) -> None:
-    """Drop what a killed run logged after its last checkpoint."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    with replacing(path) as temporary:
-        temporary.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _append(path: Path, line: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _check_pattern(model: nn.Module, chosen: Recipe) -> None:
@@ -180,45 +245,11 @@ def _check_pattern(model: nn.Module, chosen: Recipe) -> None:
             raise ValueError(f"{name} is not {chosen.pattern} in the saved model")
 
 
-def _sample(model: nn.Module, path: Path, protocol: Protocol, stage: str) -> Iterator[Progress]:
-    """Sample the protocol's pictures (a generator that returns uint8 pictures and labels), saving every `CHUNK`."""
-    labels = torch.arange(protocol.n) % diffusion.null_label(model)
-    settings = {k: str(v) for k, v in asdict(protocol).items() if k != "n"}
-    parts = _saved_samples(path, settings)
-    done = sum(map(len, parts))
-    while done < protocol.n:
-        stop = min(done + CHUNK, protocol.n)
-        for start in range(done, stop, protocol.batch_size):
-            end = min(start + protocol.batch_size, stop)
-            noise = diffusion.start_noise(model, end - start, protocol.seed, first=start)
-            options = {"sampler": protocol.sampler, "steps": protocol.steps, "guidance": protocol.guidance}
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=protocol.precision == "bf16"):
-                batch = diffusion.generate(model, noise, class_labels=labels[start:end], **options)
-            parts.append(data.to_uint8(batch).cpu())
-            yield Progress(stage, end, protocol.n)
-        done = stop
-        with replacing(path) as temporary:
-            save_file({"images": torch.cat(parts)}, temporary, metadata=settings)
-    return torch.cat(parts)[: protocol.n], labels
-
-
-def _saved_samples(path: Path, settings: dict[str, str]) -> list[torch.Tensor]:
-    """Pictures of an earlier run under the same protocol."""
-    if not path.exists():
-        return []
-    with safe_open(path, "pt") as file:
-        return [file.get_tensor("images")] if file.metadata() == settings else []
-
-
-def _results(name: str, chosen: Recipe, model: nn.Module, protocol: Protocol, scores: dict, folder: Path, settings: dict) -> dict:
-    counts = macs.count(model)
-    log = (
-        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] if (folder / "log.jsonl").exists() else []
-    )
+def _results(chosen: Recipe, model: nn.Module, folder: Path, settings: dict) -> dict:
+    """What there is to say about the model besides its scores."""
+    counts, log = macs.count(model), _lines(folder / "log.jsonl")
     return {
-        "name": name,
         "title": chosen.title,
-        "command": f"python -m sparsedm reproduce {name}",
         "base": chosen.base,
         "pattern": chosen.pattern,
         "sparsify": chosen.sparsify,
@@ -227,14 +258,22 @@ def _results(name: str, chosen: Recipe, model: nn.Module, protocol: Protocol, sc
         "nonzero_parameters": sum(int(p.count_nonzero()) for p in model.parameters()),
         "bytes": (folder / "model" / zoo.WEIGHTS).stat().st_size,
         "macs": {"dense": counts.dense, "sparse": counts.sparse, "executed": counts.executed, "attention": counts.attention},
-        "scores": scores,
-        "protocol": asdict(protocol),
         "train": settings,
         "train_images": settings["steps"] * settings["batch_size"] if settings else 0,
         "train_seconds": round(sum(line["seconds"] * _log_interval(log, i) for i, line in enumerate(log))),
         "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
+
+
+def _commit() -> str:
+    """The package's commit, "" outside a repository; "+" says that files were changed since."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _log_interval(log: list[dict], i: int) -> int:
@@ -262,7 +301,7 @@ def _reproduce_classifier(folder: Path, bundle: bool) -> Iterator[Progress]:
         "name": CLASSIFIER, "command": f"python -m sparsedm reproduce {CLASSIFIER}", "accuracy": accuracy, "n": len(images),
         "parameters": sum(p.numel() for p in model.parameters()), "train": {"steps": steps, "batch_size": 128},
     }  # fmt: skip
-    _write_json(folder / "results.json", result)
+    _write_json(folder / RESULTS_FILE, result)
     if bundle:
         _write_json(RESULTS / f"{CLASSIFIER}.json", result)
         text = f"# {CLASSIFIER}\n\nReads 16x16 glyphs; {accuracy:.2%} right on {len(images):,} test glyphs.\n\n"

@@ -1,119 +1,12 @@
-"""The experiments as data: one named recipe is a model, its data and its training; one protocol scores them all.
+"""The experiments as data: a named recipe is a model, its data, its training, and the protocol that scores it.
 
-`python -m sparsedm reproduce NAME` carries one out (experiment.py).
+`python -m sparsedm reproduce NAME` carries one out (experiment.py). Two suites run on the bundled letter models: the headline
+models, trained long, and the short runs, in which every method gets a tenth of the teacher's training.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .models.uvit import UViTModel
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One experiment.
-
-    Attributes:
-        base: the recipe whose model it starts from ("" for random weights): the teacher of a student.
-        model: class and config of a model trained from scratch.
-        pattern: N:M of a student; "" for dense.
-        sparsify: options of `sparsedm.sparsify` for it.
-        prune: `diffpruning.prune`'s options, with the `threshold` of its importance; {} for whole models. With `reinit` the
-            weights are drawn anew: the same shape from scratch.
-        distil: transfer knowledge from the base while training.
-        train: `TrainConfig` fields; empty for no training.
-        bundle: whether its checkpoint ships with the package.
-    """
-
-    title: str
-    base: str = ""
-    model: tuple[type, dict] | None = None
-    pattern: str = ""
-    distil: bool = False
-    train: dict = field(default_factory=dict)
-    data: str = "glyphs"
-    bundle: bool = True
-    sparsify: dict = field(default_factory=dict)
-    prune: dict = field(default_factory=dict)
-
-
-NOISE_SCHEDULE = {
-    "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
-    "prediction_type": "v_prediction", "clip_sample": True,
-}  # fmt: skip
-
-_UVIT = {
-    "sample_size": 16, "in_channels": 1, "patch_size": 2, "embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 37,
-}  # fmt: skip
-_UNET = {
-    "sample_size": 16, "in_channels": 1, "out_channels": 1, "block_out_channels": (32, 64, 96), "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 8, "attention_head_dim": 32, "num_class_embeds": 37,
-}  # fmt: skip
-
-_TEACH = {"lr": 2e-3, "betas": (0.9, 0.99), "lr_schedule": "cosine", "ema_decay": 0.999, "checkpoint_every": 500}
-_TUNE = {
-    "uvit": {
-        **_TEACH,
-        "optimizer": "muon",
-        "lr": 1e-3,
-        "warmup": 100,
-        "steps": 5000,
-        "batch_size": 32,
-        "mixed_precision": "bf16",
-    },
-    "unet": {**_TEACH, "lr": 1e-3, "warmup": 100, "steps": 5000, "batch_size": 64},
-}
-
-
-def _recipes() -> dict[str, Recipe]:
-    from diffusers import UNet2DModel
-
-    teachers = {
-        "uvit": Recipe(
-            "U-ViT teacher", model=(UViTModel, _UVIT),
-            train={"steps": 11_000, "batch_size": 32, "warmup": 200, "optimizer": "muon", **_TEACH},
-        ),
-        "unet": Recipe(
-            "UNet teacher", model=(UNet2DModel, _UNET), train={"steps": 10_000, "batch_size": 64, "warmup": 500, **_TEACH}
-        ),
-    }  # fmt: skip
-    recipes = {}
-    for kind, teacher in teachers.items():
-        recipes |= _of_backbone(f"glyphs-{kind}", teacher, _TUNE[kind], _HALF[kind])
-    return recipes
-
-
-_HALF = {"uvit": 0.5, "unet": 0.35}  # share of the channels whose removal leaves about half the MACs
-
-
-def _of_backbone(base: str, teacher: Recipe, train: dict, ratio: float) -> dict[str, Recipe]:
-    """The teacher, and all that is compared with it after the same training."""
-    name = teacher.title.removesuffix(" teacher")
-    pruned = {"ratio": ratio, "round_to": 4}
-
-    def student(title: str, bundle: bool = False, **options) -> Recipe:
-        return Recipe(f"{name} {title}", base, train=train, bundle=bundle, **options)
-
-    return {
-        base: teacher,
-        f"{base}-more": student("dense, same extra training"),
-        f"{base}-2x4-oneshot": Recipe(f"{name} 2:4, one-shot", base, pattern="2:4", bundle=False),
-        f"{base}-2x4": student("2:4, SparseDM", True, pattern="2:4", distil=True),
-        f"{base}-2x4-asp": student("2:4, ASP (first masks kept)", pattern="2:4", sparsify={"frozen": True}),
-        f"{base}-2x4-ste": student("2:4, STE", pattern="2:4", sparsify={"decay": 0.0}),
-        f"{base}-2x4-srste": student("2:4, SR-STE without teacher", pattern="2:4"),
-        f"{base}-diffpruned": student("Diff-Pruning", True, prune={**pruned, "score": "squared", "threshold": 0.05}),
-        f"{base}-taylor": student("Taylor pruning", prune={**pruned, "score": "squared", "threshold": 0.0}),
-        f"{base}-magnitude": student("magnitude pruning", prune={**pruned, "score": "magnitude"}),
-        f"{base}-random": student("random pruning", prune={**pruned, "score": "random"}),
-        f"{base}-scratch": student("pruned shape from scratch", prune={**pruned, "score": "random", "reinit": True}),
-    }
-
-
-RECIPES = _recipes()
-CLASSIFIER = "glyph-classifier"
-NAMES = (CLASSIFIER, *RECIPES)
 
 
 @dataclass(frozen=True)
@@ -136,8 +29,170 @@ class Protocol:
             raise ValueError(f"precision is 'bf16' or 'fp32', not {self.precision!r}")
 
 
+SHORT_PROTOCOL = Protocol(n=5_000, steps=20)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment.
+
+    Attributes:
+        backbone, method: as tables name them.
+        base: the recipe whose model it starts from ("" for random weights): the teacher of a student.
+        model: class and config of a model trained from scratch.
+        pattern: N:M of a student; "" for dense.
+        sparsify: options of `sparsedm.sparsify` for it.
+        prune: `diffpruning.prune`'s options, with the `threshold` of its importance; {} for whole models. With `reinit` the
+            weights are drawn anew: the same shape from scratch.
+        distil: transfer knowledge from the base while training.
+        train: `TrainConfig` fields; empty for no training.
+        bundle: whether its checkpoint ships with the package.
+        watch: training steps at which the averaged weights are scored on the way.
+        seeds: how many runs, of seeds 0, 1, ..., its row in the tables stands for.
+    """
+
+    backbone: str
+    method: str
+    base: str = ""
+    model: tuple[type, dict] | None = None
+    pattern: str = ""
+    distil: bool = False
+    train: dict = field(default_factory=dict)
+    data: str = "glyphs"
+    bundle: bool = False
+    sparsify: dict = field(default_factory=dict)
+    prune: dict = field(default_factory=dict)
+    protocol: Protocol = Protocol()
+    watch: tuple[int, ...] = ()
+    seeds: int = 1
+
+    @property
+    def title(self) -> str:
+        return f"{self.backbone} {self.method}"
+
+
+NOISE_SCHEDULE = {
+    "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
+    "prediction_type": "v_prediction", "clip_sample": True,
+}  # fmt: skip
+
+_UVIT = {
+    "sample_size": 16, "in_channels": 1, "patch_size": 2, "embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 37,
+}  # fmt: skip
+_UNET = {
+    "sample_size": 16, "in_channels": 1, "out_channels": 1, "block_out_channels": (32, 64, 96), "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 8, "attention_head_dim": 32, "num_class_embeds": 37,
+}  # fmt: skip
+
+_TEACH = {"lr": 2e-3, "betas": (0.9, 0.99), "lr_schedule": "cosine", "ema_decay": 0.999, "checkpoint_every": 500}
+_TUNE = {
+    "uvit": {
+        **_TEACH, "optimizer": "muon", "lr": 1e-3, "warmup": 100, "steps": 5000, "batch_size": 32, "mixed_precision": "bf16",
+    },
+    "unet": {**_TEACH, "lr": 1e-3, "warmup": 100, "steps": 5000, "batch_size": 64},
+}  # fmt: skip
+_SHORT = {"steps": 1000, "warmup": 50}
+_WATCH = (0, 100, 200, 500)
+
+# The share of channels whose removal leaves about three quarters, half and a quarter of the MACs.
+_RATIOS = {"uvit": (0.25, 0.5, 0.75), "unet": (0.2, 0.35, 0.55)}
+# The official code's first schedule; here its five stages are equally long.
+_PROGRESSIVE = ("31:32", "15:16", "7:8", "3:4", "2:4")
+
+
+def _recipes() -> dict[str, Recipe]:
+    from diffusers import UNet2DModel
+
+    uvit = {"steps": 11_000, "batch_size": 32, "warmup": 200, "optimizer": "muon", **_TEACH}
+    unet = {"steps": 10_000, "batch_size": 64, "warmup": 500, **_TEACH}
+    return {
+        **_headline("glyphs-uvit", "U-ViT", (UViTModel, _UVIT), uvit, _TUNE["uvit"], _RATIOS["uvit"][1]),
+        **_headline("glyphs-unet", "UNet", (UNet2DModel, _UNET), unet, _TUNE["unet"], _RATIOS["unet"][1]),
+        **_short("glyphs-uvit", "U-ViT", {**_TUNE["uvit"], **_SHORT}, _RATIOS["uvit"]),
+        **_short("glyphs-unet", "UNet", {**_TUNE["unet"], **_SHORT}, _RATIOS["unet"]),
+    }
+
+
+def _headline(base: str, backbone: str, model: tuple[type, dict], teach: dict, tune: dict, half: float) -> dict[str, Recipe]:
+    """The teacher, and its students at half the MACs, trained long."""
+    pruned = {"ratio": half, "round_to": 4, "score": "squared", "threshold": 0.05}
+    return {
+        base: Recipe(backbone, "teacher", model=model, train=teach, bundle=True),
+        f"{base}-more": Recipe(backbone, "dense, same extra training", base, train=tune),
+        f"{base}-2x4-oneshot": Recipe(backbone, "2:4, one-shot", base, pattern="2:4"),
+        f"{base}-2x4": Recipe(backbone, "2:4, SparseDM", base, pattern="2:4", distil=True, train=tune, bundle=True),
+        f"{base}-diffpruned": Recipe(backbone, "Diff-Pruning", base, prune=pruned, train=tune, bundle=True),
+    }
+
+
+def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, float]) -> dict[str, Recipe]:
+    """Every method after the same short training, at half the MACs where nothing else is said."""
+    few, half, most = ratios
+    stage = train["steps"] // len(_PROGRESSIVE)
+    progressive = tuple((i * stage, pattern) for i, pattern in enumerate(_PROGRESSIVE))
+    found = {}
+
+    def add(key: str, method: str, seeds: int = 1, watch: bool = False, **options) -> None:
+        options = {"train": train, "protocol": SHORT_PROTOCOL, "watch": _WATCH if watch else (), "seeds": seeds, **options}
+        found[f"{base}-short-{key}"] = Recipe(backbone, method, base, **options)
+
+    def pruned(ratio: float = half, score: str = "squared", threshold: float | None = 0.05) -> dict:
+        return {"ratio": ratio, "round_to": 4, "score": score, "threshold": threshold}
+
+    add("teacher", "teacher", train={})
+    add("more", "dense, same extra training", 3, True)
+    add("2x4", "2:4, SparseDM", 3, True, pattern="2:4", distil=True)
+    add("diffpruned", "Diff-Pruning", 3, True, prune=pruned())
+    add("2x4-srste", "2:4, SR-STE without teacher", 3, pattern="2:4")
+    add("2x4-asp", "2:4, ASP (first masks kept)", pattern="2:4", sparsify={"frozen": True})
+    add(
+        "scratch",
+        "pruned shape from scratch",
+        watch=True,
+        prune={"ratio": half, "round_to": 4, "score": "random", "reinit": True},
+    )
+    add("magnitude", "magnitude pruning", prune={"ratio": half, "round_to": 4, "score": "magnitude"})
+    add("taylor", "Taylor pruning (threshold 0)", prune=pruned(threshold=0.0))
+    add("random", "random pruning", prune=pruned(score="random", threshold=None))
+    add("2x4-ste", "2:4, STE without teacher", pattern="2:4", sparsify={"decay": 0.0})
+    add("2x4-oneshot", "2:4, one-shot", pattern="2:4", train={})
+    schedule = {**train, "pattern_schedule": progressive}
+    add("2x4-progressive", "2:4, SparseDM, progressive", pattern="2:4", distil=True, train=schedule)
+    teacher_only = {**train, "noise_weight": 0.0, "teacher_weight": 1.0}
+    add("2x4-teacher-only", "2:4, teacher's loss only", pattern="2:4", distil=True, train=teacher_only)
+    add("1x4", "1:4, SparseDM", pattern="1:4", distil=True)
+    add("diffpruned-quarter", f"Diff-Pruning, ratio {most:g}", prune=pruned(most))
+    add("diffpruned-2x4", "Diff-Pruning, then 2:4, SparseDM", pattern="2:4", distil=True, prune=pruned())
+    add("3x4", "3:4, SparseDM", pattern="3:4", distil=True)
+    add("diffpruned-most", f"Diff-Pruning, ratio {few:g}", prune=pruned(few))
+    for n, m in ((4, 8), (1, 8), (7, 8), (15, 16)):
+        add(f"{n}x{m}", f"{n}:{m}, SparseDM", pattern=f"{n}:{m}", distil=True)
+    for threshold in (0.02, 0.2):
+        add(f"threshold-{threshold:g}", f"Diff-Pruning, threshold {threshold:g}", prune=pruned(threshold=threshold))
+    add("absolute", "Diff-Pruning, score |w g|", prune=pruned(score="absolute"))
+    return found
+
+
+RECIPES = _recipes()
+CLASSIFIER = "glyph-classifier"
+NAMES = (CLASSIFIER, *RECIPES)
+
+
 def recipe(name: str) -> Recipe:
     """The recipe called `name`. Raises ValueError with the known names."""
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(NAMES)}")
     return RECIPES[name]
+
+
+def seeds(name: str) -> range:
+    """The seeds of all runs of a recipe."""
+    return range(RECIPES[name].seeds if name in RECIPES else 1)
+
+
+def protocol(name: str, n: int | None = None) -> Protocol | None:
+    """The recipe's protocol, with `n` pictures if given; None if there is no such recipe."""
+    found = RECIPES[name].protocol if name in RECIPES else None
+    return replace(found, n=n) if found and n else found

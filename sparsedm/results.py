@@ -3,14 +3,18 @@
 import json
 
 from .models import zoo
-from .recipes import RECIPES, recipe
+from .recipes import RECIPES, Protocol, recipe
 
 RESULTS = zoo.ASSETS / "results"
 
 
 def results() -> dict[str, dict]:
     """The stored results of the recipes, by name, in the order of `RECIPES`."""
-    return {name: json.loads(path.read_text()) for name in RECIPES if (path := RESULTS / f"{name}.json").exists()}
+    return {
+        name: json.loads(path.read_text())
+        for name in RECIPES
+        if RECIPES[name].protocol == Protocol() and (path := RESULTS / f"{name}.json").exists()
+    }
 
 
 def table() -> str:
@@ -33,7 +37,7 @@ def table() -> str:
 def _row(result: dict) -> str:
     scores, images = result["scores"], result["train_images"]
     cells = (
-        result["title"],
+        recipe(result["name"]).title,
         f"{scores['fd_glyph']:.2f}",
         f"{scores['readability']:.1%}",
         f"{scores['ssim_to_base']:.3f}" if result["base"] else "",

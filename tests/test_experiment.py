@@ -1,11 +1,13 @@
 """A recipe from end to end at a tiny size: train, resume, save, sample, score, results and card."""
 
+import functools
 import json
+import shutil
 
 import pytest
 import torch
 
-from sparsedm import data, experiment, recipes
+from sparsedm import data, experiment, metrics, recipes
 from sparsedm.models import zoo
 from sparsedm.models.uvit import UViTModel
 
@@ -16,8 +18,10 @@ PROTOCOL = recipes.Protocol(n=2048, steps=2)
 
 @pytest.fixture
 def tiny_recipes(monkeypatch, tmp_path):
-    monkeypatch.setitem(recipes.RECIPES, "teacher", recipes.Recipe("Tiny teacher", model=(UViTModel, TINY), train=TRAIN))
-    monkeypatch.setitem(recipes.RECIPES, "student", recipes.Recipe("Tiny student", "teacher", None, "2:4", True, TRAIN))
+    monkeypatch.setitem(recipes.RECIPES, "teacher", recipes.Recipe("Tiny", "teacher", model=(UViTModel, TINY), train=TRAIN))
+    monkeypatch.setitem(
+        recipes.RECIPES, "student", recipes.Recipe("Tiny", "student", "teacher", None, "2:4", True, TRAIN, bundle=True)
+    )
     monkeypatch.setattr(experiment.data, "load", lambda name, **options: data.Glyphs(**{"n": 72, **options}))
     monkeypatch.setattr(zoo, "ASSETS", tmp_path / "assets")
     monkeypatch.setattr(experiment, "RESULTS", tmp_path / "assets" / "results")
@@ -25,7 +29,7 @@ def tiny_recipes(monkeypatch, tmp_path):
 
 
 def test_teacher_and_student_end_to_end(tiny_recipes, monkeypatch):
-    monkeypatch.setattr(experiment.metrics, "glyph_classifier", _untrained_classifier)
+    monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
     list(experiment.reproduce("teacher", tiny_recipes, PROTOCOL))
     stages = [state.stage for state in experiment.reproduce("student", tiny_recipes, PROTOCOL, bundle=True)]
     assert stages[0] == "train" and stages[-1] == "done" and "sample the base" not in stages
@@ -46,18 +50,29 @@ def test_teacher_and_student_end_to_end(tiny_recipes, monkeypatch):
 def test_pruned_models_are_made_by_recipe(tiny_recipes, monkeypatch, reinit):
     monkeypatch.setattr(experiment, "IMPORTANCE_PICTURES", 4)
     prune = {"ratio": 0.5, "round_to": 4, "score": "squared", "threshold": 0.9, "reinit": reinit}
-    monkeypatch.setitem(recipes.RECIPES, "pruned", recipes.Recipe("Tiny pruned", "teacher", prune=prune))
+    monkeypatch.setitem(recipes.RECIPES, "pruned", recipes.Recipe("Tiny", "pruned", "teacher", prune=prune))
     torch.manual_seed(1)
     base = UViTModel(**TINY)
     base.register_to_config(noise_schedule=recipes.NOISE_SCHEDULE)
     torch.nn.init.normal_(base.final_layer.weight)
     zoo.save(base, tiny_recipes / "teacher" / "model")
-    next(experiment.reproduce("pruned", tiny_recipes, PROTOCOL))
+    stages = [state.stage for state in until_sampled("pruned", tiny_recipes)]
+    assert set(stages[:-1]) == {"importance"} and (tiny_recipes / "teacher" / "importance-0.9-0.safetensors").exists()
     pruned = zoo.load(tiny_recipes / "pruned" / "model")
     kept = pruned.config.pruning["mid_block.mlp.fc1"]["out"]
     assert len(kept) == 32 and pruned.mid_block.attn.num_heads == 1 and pruned.config.noise_schedule
     same = torch.equal(pruned.mid_block.mlp.fc1.weight, base.mid_block.mlp.fc1.weight.half().float()[kept])
     assert same != reinit
+    shutil.rmtree(tiny_recipes / "pruned")
+    assert [state.stage for state in until_sampled("pruned", tiny_recipes)] == ["sample"]  # the gradients were kept
+    assert zoo.load(tiny_recipes / "pruned" / "model").config.pruning == pruned.config.pruning
+
+
+def until_sampled(name, out):
+    for state in experiment.reproduce(name, out, PROTOCOL):
+        yield state
+        if state.stage == "sample":
+            return
 
 
 def _untrained_classifier():
@@ -68,8 +83,8 @@ def _untrained_classifier():
 
 
 def test_interrupted_training_and_sampling_go_on(tiny_recipes, monkeypatch):
-    monkeypatch.setattr(experiment.metrics, "glyph_classifier", _untrained_classifier)
-    monkeypatch.setattr(experiment, "_logged", lambda states, path, log=experiment._logged: log(states, path, every=1))
+    monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
+    monkeypatch.setattr(experiment, "_Log", functools.partial(experiment._Log, every=1))
     whole, broken = tiny_recipes / "whole", tiny_recipes / "broken"
     list(experiment.reproduce("teacher", whole, PROTOCOL))
     for stage, stops in (("train", 3), ("sample", 3)):
@@ -85,6 +100,30 @@ def test_interrupted_training_and_sampling_go_on(tiny_recipes, monkeypatch):
     assert logs[0] == logs[1] == [1, 2, 3, 4, 5, 6]
     results = [json.loads((f / "teacher/results.json").read_text())["scores"] for f in (whole, broken)]
     assert results[0] == results[1]
+
+
+def test_watched_run_has_a_curve_that_ends_with_its_score(tiny_recipes, monkeypatch):
+    monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
+    watched = recipes.Recipe("Tiny", "watched", "teacher", pattern="2:4", train=TRAIN, watch=(0, 2, 4))
+    monkeypatch.setitem(recipes.RECIPES, "watched", watched)
+    list(experiment.reproduce("teacher", tiny_recipes, PROTOCOL))
+    states = experiment.reproduce("watched", tiny_recipes, PROTOCOL)
+    assert next(state for state in states if state.stage == "sample step 2")
+    states.close()
+    list(experiment.reproduce("watched", tiny_recipes, PROTOCOL))
+    result = json.loads((tiny_recipes / "watched" / "results.json").read_text())
+    assert [point["step"] for point in result["curve"]] == [0, 2, 4, 6]
+    assert result["curve"][-1]["fd_glyph"] == pytest.approx(result["scores"]["fd_glyph"])  # both on 2,048 pictures
+    assert len({point["fd_glyph"] for point in result["curve"]}) == 4
+
+
+def test_seeds_have_their_own_runs_and_noise(tiny_recipes, monkeypatch):
+    monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
+    for seed in (0, 1):
+        list(experiment.reproduce("teacher", tiny_recipes, PROTOCOL, seed=seed))
+    first, second = (json.loads((tiny_recipes / run / "results.json").read_text()) for run in ("teacher", "teacher-seed1"))
+    assert second["command"].endswith("reproduce teacher --seed 1") and second["train"]["seed"] == second["seed"] == 1
+    assert second["protocol"]["seed"] == first["protocol"]["seed"] + 1 and second["scores"] != first["scores"]
 
 
 def test_folder_of_other_settings_is_refused(tiny_recipes):

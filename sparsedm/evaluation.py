@@ -1,0 +1,93 @@
+"""Scoring a model by a protocol: sample its pictures, resuming where a killed run stopped, and compare them with others."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from . import data, diffusion, metrics
+from .files import replacing
+from .recipes import Protocol
+
+CHUNK = 500  # pictures sampled between two saves
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` in a stage, and a line to show."""
+
+    stage: str
+    done: int
+    total: int
+    note: str = ""
+
+
+def sample(model: nn.Module, folder: Path, protocol: Protocol, stage: str = "sample") -> Iterator[Progress]:
+    """Sample the protocol's pictures (a generator that returns them, uint8 [n, C, H, W]), saving every `CHUNK` in `folder`."""
+    path = folder / f"samples-{protocol.sampler}{protocol.steps}-{protocol.seed}.safetensors"
+    settings = {k: str(v) for k, v in asdict(protocol).items() if k != "n"}
+    parts = _saved(path, settings)
+    done = sum(map(len, parts))
+    asked = labels(model, protocol.n)
+    while done < protocol.n:
+        stop = min(done + CHUNK, protocol.n)
+        for start in range(done, stop, protocol.batch_size):
+            end = min(start + protocol.batch_size, stop)
+            noise = diffusion.start_noise(model, end - start, protocol.seed, first=start)
+            options = {"sampler": protocol.sampler, "steps": protocol.steps, "guidance": protocol.guidance}
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=protocol.precision == "bf16"):
+                batch = diffusion.generate(model, noise, class_labels=None if asked is None else asked[start:end], **options)
+            parts.append(data.to_uint8(batch).cpu())
+            yield Progress(stage, end, protocol.n)
+        done = stop
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            save_file({"images": torch.cat(parts)}, temporary, metadata=settings)
+    return torch.cat(parts)[: protocol.n]
+
+
+def _saved(path: Path, settings: dict[str, str]) -> list[torch.Tensor]:
+    """Pictures of an earlier run under the same protocol."""
+    if not path.exists():
+        return []
+    with safe_open(path, "pt") as file:
+        return [file.get_tensor("images")] if file.metadata() == settings else []
+
+
+def labels(model: nn.Module, n: int) -> torch.Tensor | None:
+    """The classes [n] that are asked for, all in turn; None for an unconditional model."""
+    null = diffusion.null_label(model)
+    return None if null is None else torch.arange(n) % null
+
+
+def score(
+    images: torch.Tensor,
+    asked: torch.Tensor | None,
+    dataset: str,
+    base: torch.Tensor | None = None,
+    inception: str | None = None,
+) -> dict[str, float]:
+    """Scores of pictures uint8 [n, C, H, W] of the classes `asked` [n].
+
+    Fréchet distance, kernel distance, precision and recall: for glyphs against as many of the test split, on the glyph
+    classifier's features; otherwise against the training set, on Inception's, and only if its weights are at hand.
+
+    Args:
+        base: the teacher's pictures from the same noise; with them, "ssim_to_base".
+        inception: path of torch-fidelity's Inception weights.
+    """
+    glyphs = dataset.startswith("glyphs")
+    scores = {"n": len(images)}
+    if glyphs or inception:
+        split = {"split": "test", "n": len(images)} if glyphs else {}
+        reference, _ = data.stack(data.load(dataset, **split))
+        scores |= metrics.frechet(images, data.to_uint8(reference), inception)
+    if glyphs and asked is not None:
+        scores["readability"] = metrics.readability(images, asked)
+    if base is not None:
+        scores["ssim_to_base"] = metrics.ssim(images, base).mean().item()
+    return scores
