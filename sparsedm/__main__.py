@@ -42,10 +42,7 @@ def reproduce(
     for recipe in chosen:
         for number in recipes.seeds(recipe) if seed is None else (seed,):
             run, protocol = experiment.run_name(recipe, number), recipes.protocol(recipe, n)
-            states = experiment.reproduce(recipe, out, protocol, bundle, number, inception, **overrides)
-            if len(chosen) > 1 and experiment.finished(out, run) and not bundle:
-                continue
-            _show(run, states)
+            _show(run, experiment.reproduce(recipe, out, protocol, bundle, number, inception, **overrides))
             print(f"results in {out / run / experiment.RESULTS_FILE}")
 
 

@@ -60,37 +60,23 @@ def reproduce(
     if settings and seed:
         settings["seed"] = seed
     _claim(folder, settings)
-    if not (folder / "model" / zoo.CONFIG).exists():
-        model = yield from _make(chosen, Path(out), folder, settings, seed)
-        zoo.save(model, folder / "model", torch.float16)
-    model = zoo.load(folder / "model")
-    _check_pattern(model, chosen)
-    images = yield from evaluation.sample(model, folder, protocol)
-    base_images = None
-    if chosen.base:
-        source, made_here = _base(chosen, Path(out))
-        place = Path(out, chosen.base) if made_here else folder / "base"
-        base_images = yield from evaluation.sample(zoo.load(source), place, protocol, "sample the base")
-    curve = []
-    if settings and chosen.watch:
-        curve = yield from _curve(chosen, folder, protocol, images, settings["steps"])
-    yield Progress("score", 0, 1)
-    asked = evaluation.labels(model, protocol.n)
-    scores = evaluation.score(images, asked, chosen.data, base_images, inception)
-    results = {"name": run, "command": f"python -m sparsedm reproduce {name}" + (f" --seed {seed}" if seed else "")}
-    results |= {
-        "seed": seed,
-        "scores": scores,
-        "curve": curve,
-        "protocol": asdict(protocol),
-        **_results(chosen, model, folder, settings),
-    }
-    _write_json(folder / RESULTS_FILE, results)
+    results = _finished(folder / RESULTS_FILE, protocol)
+    if results is None:
+        if not (folder / "model" / zoo.CONFIG).exists():
+            made = yield from _make(chosen, Path(out), folder, settings, seed)
+            zoo.save(made, folder / "model", torch.float16)
+        model = zoo.load(folder / "model")
+        _check_pattern(model, chosen)
+        scores, curve = yield from _scores(model, chosen, protocol, Path(out), folder, settings, inception)
+        results = {"name": run, "command": f"python -m sparsedm reproduce {name}" + (f" --seed {seed}" if seed else "")}
+        results |= {"seed": seed, "scores": scores, "curve": curve, "protocol": asdict(protocol)}
+        results |= _facts(chosen, model, folder, settings)
+        _write_json(folder / RESULTS_FILE, results)
     if bundle:
         _write_json(RESULTS / f"{run}.json", results)
         if chosen.bundle and not seed:
-            zoo.save(model, zoo.ASSETS / name, torch.float16, card=card(name, results))
-    yield Progress("done", 1, 1, json.dumps(scores))
+            zoo.save(zoo.load(folder / "model"), zoo.ASSETS / name, torch.float16, card=card(name, results))
+    yield Progress("done", 1, 1, json.dumps(results["scores"]))
 
 
 def run_name(name: str, seed: int) -> str:
@@ -98,9 +84,10 @@ def run_name(name: str, seed: int) -> str:
     return f"{name}-seed{seed}" if seed else name
 
 
-def finished(out: str | Path, run: str) -> bool:
-    """Whether the run has written its results in `out`."""
-    return Path(out, run, RESULTS_FILE).exists()
+def _finished(path: Path, protocol: Protocol) -> dict | None:
+    """The results, if they were written under this protocol."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    return results if results.get("protocol") == asdict(protocol) else None
 
 
 def _claim(folder: Path, settings: dict) -> None:
@@ -129,17 +116,24 @@ def _at(folder: Path, step: int) -> Path:
     return folder / f"step-{step}" / "model"
 
 
-def _curve(chosen: Recipe, folder: Path, protocol: Protocol, last: torch.Tensor, steps: int) -> Iterator[Progress]:
-    """Scores of the models saved on the way and of the last one's pictures (a generator that returns them)."""
-    few, points = replace(protocol, n=WATCH_PICTURES), []
-    for step in (step for step in chosen.watch if step < steps and _at(folder, step).exists()):
-        model = zoo.load(_at(folder, step))
-        images = yield from evaluation.sample(model, folder / f"step-{step}", few, f"sample step {step}")
-        points.append((step, images))
-    return [
-        {"step": step, **evaluation.score(images[:WATCH_PICTURES], None, chosen.data)}
-        for step, images in [*points, (steps, last)]
-    ]
+def _scores(
+    model: nn.Module, chosen: Recipe, protocol: Protocol, out: Path, folder: Path, settings: dict, inception: str | None
+) -> Iterator[Progress]:
+    """Sample what the scores need (a generator that returns them, and those of the models saved on the way)."""
+    images = yield from evaluation.sample(model, folder, protocol)
+    base_images, early = None, []
+    if chosen.base:
+        source, made_here = _base(chosen, out)
+        place = out / chosen.base if made_here else folder / "base"
+        base_images = yield from evaluation.sample(zoo.load(source), place, protocol, "sample the base")
+    for step in (step for step in chosen.watch if _at(folder, step).exists()):
+        few, watched = replace(protocol, n=WATCH_PICTURES), zoo.load(_at(folder, step))
+        pictures = yield from evaluation.sample(watched, folder / f"step-{step}", few, f"sample step {step}")
+        early.append((step, pictures))
+    yield Progress("score", 0, 1)
+    curve = [*early, (settings["steps"], images[:WATCH_PICTURES])] if early else []
+    curve = [{"step": step, **evaluation.score(pictures, None, chosen.data)} for step, pictures in curve]
+    return evaluation.score(images, evaluation.labels(model, protocol.n), chosen.data, base_images, inception), curve
 
 
 def _base(chosen: Recipe, out: Path) -> tuple[str | Path, bool]:
@@ -245,7 +239,7 @@ def _check_pattern(model: nn.Module, chosen: Recipe) -> None:
             raise ValueError(f"{name} is not {chosen.pattern} in the saved model")
 
 
-def _results(chosen: Recipe, model: nn.Module, folder: Path, settings: dict) -> dict:
+def _facts(chosen: Recipe, model: nn.Module, folder: Path, settings: dict) -> dict:
     """What there is to say about the model besides its scores."""
     counts, log = macs.count(model), _lines(folder / "log.jsonl")
     return {
