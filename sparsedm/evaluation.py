@@ -28,7 +28,7 @@ class Progress:
 
 def sample(model: nn.Module, folder: Path, protocol: Protocol, stage: str = "sample") -> Iterator[Progress]:
     """Sample the protocol's pictures (a generator that returns them, uint8 [n, C, H, W]), saving every `CHUNK` in `folder`."""
-    path = folder / f"samples-{protocol.sampler}{protocol.steps}-{protocol.seed}.safetensors"
+    path = samples_file(folder, protocol)
     settings = {k: str(v) for k, v in asdict(protocol).items() if k != "n"}
     parts = _saved(path, settings)
     done = sum(map(len, parts))
@@ -48,6 +48,11 @@ def sample(model: nn.Module, folder: Path, protocol: Protocol, stage: str = "sam
         with replacing(path) as temporary:
             save_file({"images": torch.cat(parts)}, temporary, metadata=settings)
     return torch.cat(parts)[: protocol.n]
+
+
+def samples_file(folder: Path, protocol: Protocol) -> Path:
+    """Where `sample` keeps the pictures."""
+    return folder / f"samples-{protocol.sampler}{protocol.steps}-{protocol.seed}.safetensors"
 
 
 def _saved(path: Path, settings: dict[str, str]) -> list[torch.Tensor]:

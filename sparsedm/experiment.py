@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from . import data, diffpruning, distill, evaluation, layers, macs, metrics, nm, structure
+from . import data, diffpruning, diffusion, distill, evaluation, layers, macs, metrics, nm, structure
 from .evaluation import Progress
 from .files import replacing
 from .models import classifier, zoo
-from .recipes import CLASSIFIER, NOISE_SCHEDULE, Protocol, Recipe, recipe
+from .recipes import CLASSIFIER, Protocol, Recipe, recipe, run_name
 from .results import RESULTS, card
 
 IMPORTANCE_PICTURES = 128  # as many as the Diff-Pruning code takes of CIFAR-10
@@ -79,11 +79,6 @@ def reproduce(
     yield Progress("done", 1, 1, json.dumps(results["scores"]))
 
 
-def run_name(name: str, seed: int) -> str:
-    """The folder and results file of one run of a recipe."""
-    return f"{name}-seed{seed}" if seed else name
-
-
 def _finished(path: Path, protocol: Protocol) -> dict | None:
     """The results, if they were written under this protocol."""
     results = json.loads(path.read_text()) if path.exists() else {}
@@ -139,7 +134,14 @@ def _scores(
 def _base(chosen: Recipe, out: Path) -> tuple[str | Path, bool]:
     """Where the base's model is, and whether it was made in `out` (else it is the bundled one)."""
     made_here = out / chosen.base / "model"
-    return (made_here, True) if (made_here / zoo.CONFIG).exists() else (chosen.base, False)
+    if (made_here / zoo.CONFIG).exists():
+        return made_here, True
+    if chosen.base not in zoo.bundled():
+        raise ValueError(
+            f"the teacher {chosen.base} is not there; train it with `python -m sparsedm reproduce {chosen.base}`, or put the"
+            f" folder of a trained one at {made_here}"
+        )
+    return chosen.base, False
 
 
 def _start(chosen: Recipe, out: Path, seed: int) -> Iterator[Progress]:
@@ -148,7 +150,7 @@ def _start(chosen: Recipe, out: Path, seed: int) -> Iterator[Progress]:
         cls, config = chosen.model
         torch.manual_seed(seed)
         model = cls(**config)
-        model.register_to_config(noise_schedule=NOISE_SCHEDULE)
+        model.register_to_config(noise_schedule=chosen.schedule)
         return model, None
     source, _ = _base(chosen, out)
     model, teacher = zoo.load(source), zoo.load(source)
@@ -178,7 +180,8 @@ def _importance(model: nn.Module, dataset: str, threshold: float, seed: int, fol
     """Give the model the gradients of Diff-Pruning's importance; they are kept in `folder` for the next recipe."""
     path = folder / f"importance-{threshold:g}-{seed}.safetensors"
     if not path.exists():
-        images, labels = data.stack(data.load(dataset, n=IMPORTANCE_PICTURES))
+        images, labels = data.stack(data.load(dataset, n=IMPORTANCE_PICTURES), IMPORTANCE_PICTURES)
+        labels = None if diffusion.null_label(model) is None else labels
         for state in diffpruning.importance(model, images, labels, threshold=threshold, seed=seed):
             yield Progress("importance", state.timestep + 1, state.timesteps, f"loss {state.loss:.4f}")
         folder.mkdir(parents=True, exist_ok=True)

@@ -104,3 +104,43 @@ def speed(result: Mapping):
     axes.spines[["top", "right"]].set_visible(False)
     plt.close(figure)
     return figure
+
+
+FAMILIES = {"dense": INK, "N:M": SPARSE_INK, "pruned": "#2e7d4f", "pruned + N:M": "#8a4fa3"}
+
+
+def tradeoff(points: Sequence[tuple[str, str, float, float]], *, xlabel: str, ylabel: str = "FD-glyph (lower is better)"):
+    """A matplotlib figure of quality against cost: points are (label, one of `FAMILIES`, cost, FD), the FD on a log scale."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for family, color in FAMILIES.items():
+        chosen = [point for point in points if point[1] == family]
+        if chosen:
+            axes.scatter([p[2] for p in chosen], [p[3] for p in chosen], color=color, label=family, zorder=3)
+    for label, family, x, y in points:
+        axes.annotate(label, (x, y), (5, 3), textcoords="offset points", fontsize=7.5, color=FAMILIES[family])
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
+    axes.margins(x=0.12)
+    axes.grid(axis="y", which="both", linewidth=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)
+    return figure
+
+
+def training(lines: Mapping[str, Sequence[tuple[int, float]]], *, teacher: float | None = None):
+    """A matplotlib figure of quality over training: (step, FD) points by name; `teacher` draws a line at its FD."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    if teacher:
+        axes.axhline(teacher, color="grey", linestyle="--", linewidth=1, label="teacher")
+    axes.set(xlabel="training step", ylabel="FD-glyph (lower is better)", yscale="log")
+    axes.legend(frameon=False)
+    axes.grid(axis="y", which="both", linewidth=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)
+    return figure

@@ -1,50 +1,151 @@
-"""What the experiments found: the results that ship with the package, as tables and model cards."""
+"""What the experiments found: the stored results as tables and model cards."""
 
+import functools
 import json
+import statistics
+from dataclasses import dataclass
 
 from .models import zoo
-from .recipes import RECIPES, Protocol, recipe
+from .recipes import RECIPES, Recipe, recipe, run_name
 
 RESULTS = zoo.ASSETS / "results"
+SUITES = ("headline", "short")
 
 
-def results() -> dict[str, dict]:
-    """The stored results of the recipes, by name, in the order of `RECIPES`."""
-    return {
-        name: json.loads(path.read_text())
-        for name in RECIPES
-        if RECIPES[name].protocol == Protocol() and (path := RESULTS / f"{name}.json").exists()
-    }
+@dataclass(frozen=True)
+class Row:
+    """A recipe and its stored runs, one per seed, in the order of the seeds; there is at least one."""
+
+    name: str
+    recipe: Recipe
+    runs: tuple[dict, ...]
+
+    def mean(self, score: str) -> float:
+        """Mean of a score over the seeds."""
+        return statistics.mean(run["scores"][score] for run in self.runs)
+
+    @property
+    def fd(self) -> float:
+        return self.mean("fd_glyph")
+
+    @property
+    def spread(self) -> float | None:
+        """Largest minus smallest FD-glyph of the seeds, as a share of their mean; None for a single run."""
+        values = [run["scores"]["fd_glyph"] for run in self.runs]
+        return (max(values) - min(values)) / self.fd if len(values) > 1 else None
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one picture and step, zeros skipped, attention's products included."""
+        return self.runs[0]["macs"]["sparse"]
+
+    @property
+    def images(self) -> int:
+        """Training pictures."""
+        return self.runs[0]["train_images"]
+
+    @functools.cached_property
+    def speedup(self) -> float | None:
+        """How many times faster than the teacher its step was measured, as it runs fastest: packed, or with fewer channels."""
+        return next((row["speedup"] for row in times() if row["name"] == _timed_as(self.name)), None)
 
 
-def table() -> str:
-    """The stored results as a Markdown table; every row is scored under one protocol, named in the line below it.
+def load(suite: str, base: str = "") -> list[Row]:
+    """The stored results of a suite ("headline", "short"), of one teacher and its students or of all.
 
     Raises:
-        ValueError: results of different protocols, which must not stand in one table.
+        ValueError: unknown suite, or runs that were scored by different protocols and must not stand in one table.
     """
-    found = results()
-    protocols = {json.dumps(result["protocol"], sort_keys=True) for result in found.values()}
-    if len(protocols) != 1:
-        raise ValueError(f"{len(protocols)} protocols among the results in {RESULTS}; score them all under one")
-    head = (
-        "| model | FD-glyph \u2193 | readability \u2191 | SSIM to teacher \u2191 | M MACs | nonzero weights | training pictures |"
-    )
-    lines = [head, "|---|---|---|---|---|---|---|", *map(_row, found.values()), "", _caption(next(iter(found.values())))]
-    return "\n".join(lines)
+    if suite not in SUITES:
+        raise ValueError(f"unknown suite {suite!r}; known: {', '.join(SUITES)}")
+    rows = []
+    for name, found in RECIPES.items():
+        if found.suite == suite and base in ("", found.base or name):
+            paths = (RESULTS / f"{run_name(name, seed)}.json" for seed in range(found.seeds))
+            runs = tuple(json.loads(path.read_text()) for path in paths if path.exists())
+            if runs:
+                rows.append(Row(name, found, runs))
+    protocols = {json.dumps({**run["protocol"], "seed": 0}) for row in rows for run in row.runs}
+    if len(protocols) > 1:
+        raise ValueError(f"{len(protocols)} protocols among the {suite} results in {RESULTS}; score them all under one")
+    return rows
 
 
-def _row(result: dict) -> str:
-    scores, images = result["scores"], result["train_images"]
+def times() -> list[dict]:
+    """The stored rows of `sparsedm bench --what methods`."""
+    path = RESULTS / "bench-methods.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def _timed_as(name: str) -> str:
+    """The recipe whose measured time counts: the first of the same teacher with the same pattern and number of channels."""
+    return next((other for other in timed_recipes() if _cost(other) == _cost(name)), "")
+
+
+def timed_recipes() -> list[str]:
+    """One recipe of the short suite for every width, and for every pattern that has kernels."""
+    first = {}
+    for name, found in RECIPES.items():
+        if found.suite == "short" and (found.pattern.endswith(":4") or found.prune):
+            first.setdefault(_cost(name), name)
+    return list(first.values())
+
+
+def _cost(name: str) -> tuple[str, str, float]:
+    found = recipe(name)
+    return found.base or name, found.pattern, found.prune.get("ratio", 0.0)
+
+
+def headline_table() -> str:
+    """The models that were trained long, as a Markdown table."""
+    rows = load("headline")
+    head = "| model | FD-glyph ↓ | readability ↑ | SSIM to teacher ↑ | M MACs | nonzero weights | training pictures |"
+    return "\n".join([head, "|---" * 7 + "|", *map(_headline_row, rows), "", _caption(rows[0].runs[0])])
+
+
+def _headline_row(row: Row) -> str:
     cells = (
-        recipe(result["name"]).title,
-        f"{scores['fd_glyph']:.2f}",
-        f"{scores['readability']:.1%}",
-        f"{scores['ssim_to_base']:.3f}" if result["base"] else "",
-        f"{result['macs']['sparse'] / 1e6:.1f}",
-        f"{result['nonzero_parameters'] / 1e6:.2f} M",
-        f"{'+ ' if result['base'] and images else ''}{images // 1000} k" if images else "none",
+        row.recipe.title, f"{row.fd:.2f}", f"{row.mean('readability'):.1%}", _ssim(row), f"{row.macs / 1e6:.1f}",
+        f"{row.runs[0]['nonzero_parameters'] / 1e6:.2f} M",
+        f"{'+ ' if row.recipe.base and row.images else ''}{row.images // 1000} k" if row.images else "none",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _ssim(row: Row) -> str:
+    return f"{row.mean('ssim_to_base'):.3f}" if row.recipe.base and row.name not in teachers() else ""
+
+
+def teachers() -> tuple[str, ...]:
+    """The recipes of the short suite that score the teachers themselves."""
+    return tuple(name for name, found in RECIPES.items() if found.suite == "short" and not (found.train or any(_cost(name)[1:])))
+
+
+def bases() -> tuple[str, ...]:
+    """The teachers of the short suite."""
+    return tuple(recipe(name).base for name in teachers())
+
+
+def short_table(base: str) -> str:
+    """One teacher and all that was made of it in the short suite, as a Markdown table: most MACs first, then the best."""
+    rows = load("short", base)
+    whole = next(row.macs for row in rows if row.name in teachers())
+    rows.sort(key=lambda row: (row.name not in teachers(), -round(row.macs / whole, 1), row.fd))
+    head = "| method | MACs | FD-glyph ↓ | readability ↑ | SSIM to teacher ↑ | times faster |"
+    caption = _caption(rows[0].runs[0]) + (
+        f" Training: {max(row.images for row in rows) // 1000} k pictures each. ±: largest deviation of three seeds."
+        " Times faster: one step of 16 pictures, measured, see docs/speed.md."
     )
+    return "\n".join([head, "|---" * 6 + "|", *(_short_row(row, whole) for row in rows), "", caption])
+
+
+def _short_row(row: Row, whole: int) -> str:
+    values = [run["scores"]["fd_glyph"] for run in row.runs]
+    deviation = max(abs(value - row.fd) for value in values)
+    cells = (
+        row.recipe.method, f"{row.macs / whole:.0%}", f"{row.fd:.2f}" + (f" ± {deviation:.2f}" if len(values) > 1 else ""),
+        f"{row.mean('readability'):.1%}", _ssim(row), f"{row.speedup:.2f}" if row.speedup else "",
+    )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
@@ -53,19 +154,15 @@ def _caption(result: dict) -> str:
     return (
         f"n = {protocol['n']:,} pictures a row, {protocol['sampler'].upper()} with {protocol['steps']} steps,"
         f" guidance {protocol['guidance']:g}, {protocol['precision']}, against as many test glyphs. MACs: per picture and step,"
-        " zeros skipped. FD-glyph is the Fr\u00e9chet distance on the glyph classifier's features; it is not FID."
+        " zeros skipped. FD-glyph is the Fréchet distance on the glyph classifier's features; it is not FID."
     )
 
 
 def card(name: str, result: dict) -> str:
     """The model card (Markdown) of a bundled checkpoint."""
-    chosen, scores, train = recipe(name), result["scores"], result["train"]
-    how = f"Fine-tuned from `{chosen.base}`" if chosen.base else "Trained from random weights"
-    how += f" on `{chosen.data}` for {train['steps']:,} steps of {train['batch_size']}"
-    if chosen.distil:
-        how += ", masks by SR-STE, knowledge transferred from the dense teacher (SparseDM, arXiv 2404.10445)"
+    chosen, scores = recipe(name), result["scores"]
     lines = [
-        f"# {name}", "", f"{chosen.title}. {how}. Made by `{result['command']}`.", "",
+        f"# {name}", "", f"{chosen.title}. {_how(chosen, result['train'])}. Made by `{result['command']}`.", "",
         f"- Weights: float16, {result['parameters']:,} parameters, {result['nonzero_parameters']:,} of them not zero.",
         f"- MACs per picture and step: {result['macs']['dense']:,} dense, {result['macs']['sparse']:,} with zeros skipped.", "",
         "| score | value |", "|---|---|", *(f"| {k} | {v:.4g} |" for k, v in scores.items() if k != "n"), "",
@@ -73,3 +170,16 @@ def card(name: str, result: dict) -> str:
         "Licence: MIT, as the package. It draws characters like those of the fonts that matplotlib ships.", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _how(chosen: Recipe, train: dict) -> str:
+    """How the model was made, in a sentence."""
+    training = f"on `{chosen.data}` for {train['steps']:,} steps of {train['batch_size']}"
+    if not chosen.base:
+        return f"Trained from random weights {training}"
+    how = f"Fine-tuned from `{chosen.base}` {training}"
+    if chosen.prune:
+        how += f", without {chosen.prune['ratio']:.0%} of its channels (Diff-Pruning, arXiv 2305.10924)"
+    if chosen.distil:
+        how += ", masks by SR-STE, knowledge transferred from the dense teacher (SparseDM, arXiv 2404.10445)"
+    return how

@@ -9,6 +9,7 @@ import copy
 import itertools
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch.utils import mkldnn
 
 from . import dryrun, latency, layers, macs, nm, packed
 from .models import zoo
+from .recipes import recipe
 
 # Those of U-ViT-S/2 (1,028 tokens: four CIFAR-10 pictures) and of UNets with four pictures.
 LINEAR = ((512, 2048), (2048, 512), (512, 1536))
@@ -85,16 +87,51 @@ def measure_steps(
     for name, dtype, count, batch in itertools.product(models, dtypes, threads or all_threads(), batches):
         with _threads(count):
             dense, fast = _pair(name, getattr(torch, dtype), batch)
-            inputs = _random(dryrun.example_inputs(dense, batch))
-            variants = {**_dense_variants(dense, tuple(inputs.values())), **_formats("packed", fast)}
-            if compiled:
-                variants |= {f"{key}, compiled": torch.compile(variants[key]) for key in ("dense", "packed")}
-            row = _row(variants, lambda model, inputs=inputs: model(**inputs), rounds)
-            skipped = 1 - macs.count(fast).executed / macs.count(dense).dense
-            bytes_left = _bytes(fast) / _bytes(dense)
-            what = f"{name}, batch {batch}"
-            yield {"what": what, "threads": count, "dtype": dtype, **row, "macs_skipped": skipped, "weight_bytes": bytes_left}
+            yield {"threads": count, "dtype": dtype, **_step(f"{name}, batch {batch}", dense, fast, batch, compiled, rounds)}
             torch.compiler.reset()
+
+
+def measure_methods(
+    runs: str | Path,
+    names: Sequence[str],
+    batch: int = 16,
+    dtypes: Sequence[str] = ("float32",),
+    threads: Sequence[int] = (),
+    rounds: int = 15,
+) -> Iterator[dict]:
+    """Times of one sampling step of models made by recipes, in `runs`/name/model, against their teacher's; one row each.
+
+    N:M models run packed. Both sides run compiled, too, and the faster counts. Rows are those of `measure_steps`, where "packed"
+    stands for the recipe's model.
+
+    Raises:
+        ValueError: a model that is not there.
+    """  # fmt: skip
+    for name, dtype, count in itertools.product(names, dtypes, threads or (torch.get_num_threads(),)):
+        folder = Path(runs, name, "model")
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not there; make it with: python -m sparsedm reproduce {name} --out {runs}")
+        with _threads(count):
+            dense = zoo.load(recipe(name).base).to(getattr(torch, dtype))
+            fast = zoo.load(folder).to(getattr(torch, dtype))
+            fast = packed.pack(fast, batch=batch) if recipe(name).pattern else fast
+            yield {
+                "name": name,
+                "dtype": dtype,
+                "threads": count,
+                **_step(f"{name}, batch {batch}", dense, fast, batch, True, rounds),
+            }
+            torch.compiler.reset()
+
+
+def _step(what: str, dense: nn.Module, fast: nn.Module, batch: int, compiled: bool, rounds: int) -> dict:
+    inputs = _random(dryrun.example_inputs(dense, batch))
+    variants = {**_dense_variants(dense, tuple(inputs.values())), **_formats("packed", fast)}
+    if compiled:
+        variants |= {f"{key}, compiled": torch.compile(variants[key]) for key in ("dense", "packed")}
+    row = _row(variants, lambda model: model(**inputs), rounds)
+    skipped = 1 - macs.count(fast).executed / macs.count(dense).dense
+    return {"what": what, **row, "macs_skipped": skipped, "weight_bytes": _bytes(fast) / _bytes(dense)}
 
 
 def _pair(name: str, dtype: torch.dtype, batch: int) -> tuple[nn.Module, nn.Module]:

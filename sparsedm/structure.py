@@ -2,9 +2,11 @@
 
 A group is a set of layer axes that must lose the same channels: a convolution's outputs, the norm behind it, the inputs of
 all that read it. In UNets torch-pruning's dependency graph finds them; in U-ViT they are the hidden units of each MLP and the
-heads of each attention. The record, {layer: {"out": kept, "in": kept}}, is plain JSON in the model's config.
+heads of each attention. The record, {layer: {"out": "0-3,6", "in": ...}}, is plain JSON in the model's config: the channels
+that stay, as runs.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +18,7 @@ from torch import nn
 
 from .models.uvit import Attention, UViTModel
 
-Record = dict[str, dict[str, list[int]]]
+Record = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,29 @@ def record(model: nn.Module, kept: Sequence[tuple[Group, torch.Tensor]]) -> Reco
     found: Record = {}
     for (layer, axis), mask in stays.items():
         if not mask.all():
-            found.setdefault(layer, {})[axis] = mask.nonzero().flatten().tolist()
+            found.setdefault(layer, {})[axis] = _runs(mask.nonzero().flatten().tolist())
+    return found
+
+
+def _runs(channels: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2,5"."""
+    starts = [c for i, c in enumerate(channels) if not i or channels[i - 1] != c - 1]
+    ends = [c for i, c in enumerate(channels) if i == len(channels) - 1 or channels[i + 1] != c + 1]
+    return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in zip(starts, ends, strict=True))
+
+
+def channels(runs: str, size: int) -> list[int]:
+    """ "0-2,5" as [0, 1, 2, 5]. Raises ValueError if it is not runs of growing numbers below `size`."""
+    if not isinstance(runs, str) or not re.fullmatch(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", runs):
+        raise ValueError(f"{str(runs)[:60]!r} is not runs of channels like '0-2,5'")
+    found, last = [], -1
+    for run in runs.split(","):
+        first, _, end = run.partition("-")
+        stop = int(end or first) + 1
+        if not last < int(first) < stop <= size:
+            raise ValueError(f"{run!r} does not grow or is not below {size}")
+        found += range(int(first), stop)
+        last = stop - 1
     return found
 
 
@@ -165,16 +189,11 @@ def apply(model: nn.Module, record: Record) -> nn.Module:
         ValueError: the record names a layer or a channel that the model does not have; the model is untouched then.
     """
     layers = dict(model.named_modules())
-    for name, axes in record.items():
-        if not isinstance(layers.get(name), _LAYERS):
-            raise ValueError(f"the pruning record names {name}, which {type(model).__name__} does not have")
-        for axis, kept in axes.items() if isinstance(axes, dict) else [("", axes)]:
-            if not _fits(layers[name], axis, kept):
-                raise ValueError(f"the pruning record does not fit {name} ({axis}): {str(kept)[:60]}")
-    heads = {name: _heads(name, module, record) for name, module in layers.items() if isinstance(module, Attention)}
-    for name, kept in heads.items():
-        layers[name].num_heads = kept
-    for name, axes in record.items():
+    kept = {name: _parsed(layers.get(name), name, axes) for name, axes in record.items()}
+    heads = {name: _heads(name, module, kept) for name, module in layers.items() if isinstance(module, Attention)}
+    for name, count in heads.items():
+        layers[name].num_heads = count
+    for name, axes in kept.items():
         _cut(layers[name], *(torch.tensor(axes[axis]) if axis in axes else None for axis in ("out", "in")))
     for module in model.modules():
         if isinstance(module, DiffusersAttention):  # for processors that scale by themselves
@@ -186,24 +205,30 @@ def apply(model: nn.Module, record: Record) -> nn.Module:
     return model
 
 
-def _fits(layer: nn.Module, axis: str, kept: list[int]) -> bool:
+def _parsed(layer: nn.Module | None, name: str, axes: object) -> dict[str, list[int]]:
+    """The channels that stay of a layer's axes."""
+    if not isinstance(layer, _LAYERS):
+        raise ValueError(f"the pruning record names {name}, which is no layer of the model")
     known = ("out", "in") if isinstance(layer, (nn.Conv2d, nn.Linear)) else ("out",)
-    if axis not in known or not isinstance(kept, list) or not kept or any(type(entry) is not int for entry in kept):
-        return False
-    return sorted(set(kept)) == kept and kept[0] >= 0 and kept[-1] < _size(layer, axis)
+    if not isinstance(axes, dict) or not set(axes) <= set(known):
+        raise ValueError(f"the pruning record does not fit {name}: it has {' and '.join(known)}, not {str(axes)[:60]}")
+    try:
+        return {axis: channels(runs, _size(layer, axis)) for axis, runs in axes.items()}
+    except ValueError as error:
+        raise ValueError(f"the pruning record does not fit {name}: {error}") from error
 
 
-def _heads(name: str, attention: Attention, record: Record) -> int:
+def _heads(name: str, attention: Attention, stays: Mapping[str, dict[str, list[int]]]) -> int:
     """How many heads of a U-ViT attention stay; queries, keys, values and the projection must lose the same whole ones."""
-    if not {f"{name}.qkv", f"{name}.proj"} & set(record):
+    if not {f"{name}.qkv", f"{name}.proj"} & set(stays):
         return attention.num_heads
     width = attention.proj.in_features
     size = width // attention.num_heads
-    columns = record.get(f"{name}.proj", {}).get("in", [])
+    columns = stays.get(f"{name}.proj", {}).get("in", [])
     kept = [entry // size for entry in columns[::size]]
     whole = [head * size + i for head in kept for i in range(size)]
     rows = [part * width + entry for part in range(3) for entry in whole]
-    if not kept or columns != whole or record.get(f"{name}.qkv", {}).get("out") != rows:
+    if not kept or columns != whole or stays.get(f"{name}.qkv", {}).get("out") != rows:
         raise ValueError(f"the pruning record does not fit {name}: its heads are not whole")
     return len(kept)
 

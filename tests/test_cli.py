@@ -25,7 +25,7 @@ def test_info_shows_layers_patterns_and_macs():
     [
         (("info", "nothing"), "error: unknown model 'nothing'; bundled: glyph-classifier, glyphs-"),
         (("reproduce", "nothing"), "error: unknown recipe 'nothing'; known: glyph-classifier"),
-        (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: step, layers, train-step"),
+        (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: step, layers, methods, train-step"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_1(arguments, message):

@@ -8,21 +8,22 @@ import shutil
 import pytest
 import torch
 
-from sparsedm import data, experiment, metrics, recipes
+from sparsedm import data, experiment, metrics, recipes, structure
 from sparsedm.models import zoo
 from sparsedm.models.uvit import UViTModel
 
 TINY = {"sample_size": 16, "in_channels": 1, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 37}
 TRAIN = {"steps": 6, "batch_size": 8, "lr": 1e-3, "checkpoint_every": 2}
+SCHEDULE = recipes.RECIPES["glyphs-uvit"].schedule
 PROTOCOL = recipes.Protocol(n=2048, steps=2)
 
 
 @pytest.fixture
 def tiny_recipes(monkeypatch, tmp_path):
-    monkeypatch.setitem(recipes.RECIPES, "teacher", recipes.Recipe("Tiny", "teacher", model=(UViTModel, TINY), train=TRAIN))
-    monkeypatch.setitem(
-        recipes.RECIPES, "student", recipes.Recipe("Tiny", "student", "teacher", None, "2:4", True, TRAIN, bundle=True)
-    )
+    teacher = recipes.Recipe("headline", "Tiny", "teacher", model=(UViTModel, TINY), schedule=SCHEDULE, train=TRAIN)
+    student = recipes.Recipe("headline", "Tiny", "student", "teacher", pattern="2:4", distil=True, train=TRAIN, bundle=True)
+    monkeypatch.setitem(recipes.RECIPES, "teacher", teacher)
+    monkeypatch.setitem(recipes.RECIPES, "student", student)
     monkeypatch.setattr(experiment.data, "load", lambda name, **options: data.Glyphs(**{"n": 72, **options}))
     monkeypatch.setattr(zoo, "ASSETS", tmp_path / "assets")
     monkeypatch.setattr(experiment, "RESULTS", tmp_path / "assets" / "results")
@@ -53,16 +54,16 @@ def test_teacher_and_student_end_to_end(tiny_recipes, monkeypatch):
 def test_pruned_models_are_made_by_recipe(tiny_recipes, monkeypatch, reinit):
     monkeypatch.setattr(experiment, "IMPORTANCE_PICTURES", 4)
     prune = {"ratio": 0.5, "round_to": 4, "score": "squared", "threshold": 0.9, "reinit": reinit}
-    monkeypatch.setitem(recipes.RECIPES, "pruned", recipes.Recipe("Tiny", "pruned", "teacher", prune=prune))
+    monkeypatch.setitem(recipes.RECIPES, "pruned", recipes.Recipe("headline", "Tiny", "pruned", "teacher", prune=prune))
     torch.manual_seed(1)
     base = UViTModel(**TINY)
-    base.register_to_config(noise_schedule=recipes.NOISE_SCHEDULE)
+    base.register_to_config(noise_schedule=SCHEDULE)
     torch.nn.init.normal_(base.final_layer.weight)
     zoo.save(base, tiny_recipes / "teacher" / "model")
     stages = [state.stage for state in until_sampled("pruned", tiny_recipes)]
     assert set(stages[:-1]) == {"importance"} and (tiny_recipes / "teacher" / "importance-0.9-0.safetensors").exists()
     pruned = zoo.load(tiny_recipes / "pruned" / "model")
-    kept = pruned.config.pruning["mid_block.mlp.fc1"]["out"]
+    kept = structure.channels(pruned.config.pruning["mid_block.mlp.fc1"]["out"], 64)
     assert len(kept) == 32 and pruned.mid_block.attn.num_heads == 1 and pruned.config.noise_schedule
     same = torch.equal(pruned.mid_block.mlp.fc1.weight, base.mid_block.mlp.fc1.weight.half().float()[kept])
     assert same != reinit
@@ -107,7 +108,7 @@ def test_interrupted_training_and_sampling_go_on(tiny_recipes, monkeypatch):
 
 def test_watched_run_has_a_curve_that_ends_with_its_score(tiny_recipes, monkeypatch):
     monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
-    watched = recipes.Recipe("Tiny", "watched", "teacher", pattern="2:4", train=TRAIN, watch=(0, 2, 4))
+    watched = recipes.Recipe("headline", "Tiny", "watched", "teacher", pattern="2:4", train=TRAIN, watch=(0, 2, 4))
     monkeypatch.setitem(recipes.RECIPES, "watched", watched)
     list(experiment.reproduce("teacher", tiny_recipes, PROTOCOL))
     states = experiment.reproduce("watched", tiny_recipes, PROTOCOL)
@@ -137,7 +138,7 @@ def test_folder_of_other_settings_is_refused(tiny_recipes):
 
 def test_student_that_is_not_sparse_is_not_scored(tiny_recipes):
     model = UViTModel(**TINY)
-    model.register_to_config(noise_schedule=recipes.NOISE_SCHEDULE)
+    model.register_to_config(noise_schedule=SCHEDULE)
     experiment._claim(tiny_recipes / "student", TRAIN)
     zoo.save(model, tiny_recipes / "student" / "model")
     with pytest.raises(ValueError, match=r"in_blocks\.0\.attn\.qkv is not 2:4"):

@@ -16,7 +16,7 @@ def section(name: str, page: str = README) -> str:
 
 
 def test_results_table_is_the_stored_one():
-    assert section("results") == results.table()
+    assert section("results") == results.headline_table()
 
 
 @pytest.mark.parametrize(

@@ -1,77 +1,15 @@
-"""The experiments as data: a named recipe is a model, its data, its training, and the protocol that scores it.
+"""The experiments on the bundled letter models: the headline models, trained long, and the short runs of every method.
 
-`python -m sparsedm reproduce NAME` carries one out (experiment.py). Two suites run on the bundled letter models: the headline
-models, trained long, and the short runs, in which every method gets a tenth of the teacher's training.
+A short run gives every method a tenth of the teacher's training, what Diff-Pruning claims to need.
 """
 
-from dataclasses import dataclass, field, replace
+from diffusers import UNet2DModel
 
-from .models.uvit import UViTModel
+from ..models.uvit import UViTModel
+from .base import Protocol, Recipe
 
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a model is scored: `n` pictures, classes in turn, against `n` of the test split.
-
-    `precision` "bf16" runs the model under autocast, several times faster on CPUs that have the instructions; "fp32" does not.
-    """
-
-    n: int = 10_000
-    sampler: str = "ddim"
-    steps: int = 50
-    guidance: float = 0.0
-    seed: int = 1234
-    batch_size: int = 250
-    precision: str = "bf16"
-
-    def __post_init__(self):
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision is 'bf16' or 'fp32', not {self.precision!r}")
-
-
-SHORT_PROTOCOL = Protocol(n=5_000, steps=20)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One experiment.
-
-    Attributes:
-        backbone, method: as tables name them.
-        base: the recipe whose model it starts from ("" for random weights): the teacher of a student.
-        model: class and config of a model trained from scratch.
-        pattern: N:M of a student; "" for dense.
-        sparsify: options of `sparsedm.sparsify` for it.
-        prune: `diffpruning.prune`'s options, with the `threshold` of its importance; {} for whole models. With `reinit` the
-            weights are drawn anew: the same shape from scratch.
-        distil: transfer knowledge from the base while training.
-        train: `TrainConfig` fields; empty for no training.
-        bundle: whether its checkpoint ships with the package.
-        watch: training steps at which the averaged weights are scored on the way.
-        seeds: how many runs, of seeds 0, 1, ..., its row in the tables stands for.
-    """
-
-    backbone: str
-    method: str
-    base: str = ""
-    model: tuple[type, dict] | None = None
-    pattern: str = ""
-    distil: bool = False
-    train: dict = field(default_factory=dict)
-    data: str = "glyphs"
-    bundle: bool = False
-    sparsify: dict = field(default_factory=dict)
-    prune: dict = field(default_factory=dict)
-    protocol: Protocol = Protocol()
-    watch: tuple[int, ...] = ()
-    seeds: int = 1
-
-    @property
-    def title(self) -> str:
-        return f"{self.backbone} {self.method}"
-
-
-NOISE_SCHEDULE = {
+_SHORT_PROTOCOL = Protocol(n=5_000, steps=20)
+_SCHEDULE = {
     "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
     "prediction_type": "v_prediction", "clip_sample": True,
 }  # fmt: skip
@@ -102,9 +40,7 @@ _RATIOS = {"uvit": (0.25, 0.5, 0.75), "unet": (0.2, 0.35, 0.55)}
 _PROGRESSIVE = ("31:32", "15:16", "7:8", "3:4", "2:4")
 
 
-def _recipes() -> dict[str, Recipe]:
-    from diffusers import UNet2DModel
-
+def recipes() -> dict[str, Recipe]:
     uvit = {"steps": 11_000, "batch_size": 32, "warmup": 200, "optimizer": "muon", **_TEACH}
     unet = {"steps": 10_000, "batch_size": 64, "warmup": 500, **_TEACH}
     return {
@@ -119,11 +55,11 @@ def _headline(base: str, backbone: str, model: tuple[type, dict], teach: dict, t
     """The teacher, and its students at half the MACs, trained long."""
     pruned = {"ratio": half, "round_to": 4, "score": "squared", "threshold": 0.05}
     return {
-        base: Recipe(backbone, "teacher", model=model, train=teach, bundle=True),
-        f"{base}-more": Recipe(backbone, "dense, same extra training", base, train=tune),
-        f"{base}-2x4-oneshot": Recipe(backbone, "2:4, one-shot", base, pattern="2:4"),
-        f"{base}-2x4": Recipe(backbone, "2:4, SparseDM", base, pattern="2:4", distil=True, train=tune, bundle=True),
-        f"{base}-diffpruned": Recipe(backbone, "Diff-Pruning", base, prune=pruned, train=tune, bundle=True),
+        base: Recipe("headline", backbone, "teacher", model=model, schedule=_SCHEDULE, train=teach, bundle=True),
+        f"{base}-more": Recipe("headline", backbone, "dense, same extra training", base, train=tune),
+        f"{base}-2x4-oneshot": Recipe("headline", backbone, "2:4, one-shot", base, pattern="2:4"),
+        f"{base}-2x4": Recipe("headline", backbone, "2:4, SparseDM", base, pattern="2:4", distil=True, train=tune, bundle=True),
+        f"{base}-diffpruned": Recipe("headline", backbone, "Diff-Pruning", base, prune=pruned, train=tune, bundle=True),
     }
 
 
@@ -135,8 +71,8 @@ def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, fl
     found = {}
 
     def add(key: str, method: str, seeds: int = 1, watch: bool = False, **options) -> None:
-        options = {"train": train, "protocol": SHORT_PROTOCOL, "watch": _WATCH if watch else (), "seeds": seeds, **options}
-        found[f"{base}-short-{key}"] = Recipe(backbone, method, base, **options)
+        options = {"train": train, "protocol": _SHORT_PROTOCOL, "watch": _WATCH if watch else (), "seeds": seeds, **options}
+        found[f"{base}-short-{key}"] = Recipe("short", backbone, method, base, **options)
 
     def pruned(ratio: float = half, score: str = "squared", threshold: float | None = 0.05) -> dict:
         return {"ratio": ratio, "round_to": 4, "score": score, "threshold": threshold}
@@ -173,26 +109,3 @@ def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, fl
         add(f"threshold-{threshold:g}", f"Diff-Pruning, threshold {threshold:g}", prune=pruned(threshold=threshold))
     add("absolute", "Diff-Pruning, score |w g|", prune=pruned(score="absolute"))
     return found
-
-
-RECIPES = _recipes()
-CLASSIFIER = "glyph-classifier"
-NAMES = (CLASSIFIER, *RECIPES)
-
-
-def recipe(name: str) -> Recipe:
-    """The recipe called `name`. Raises ValueError with the known names."""
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(NAMES)}")
-    return RECIPES[name]
-
-
-def seeds(name: str) -> range:
-    """The seeds of all runs of a recipe."""
-    return range(RECIPES[name].seeds if name in RECIPES else 1)
-
-
-def protocol(name: str, n: int | None = None) -> Protocol | None:
-    """The recipe's protocol, with `n` pictures if given; None if there is no such recipe."""
-    found = RECIPES[name].protocol if name in RECIPES else None
-    return replace(found, n=n) if found and n else found

@@ -1,0 +1,169 @@
+"""What the two papers claim, and what the stored results say about it here: holds, does not hold, or cannot be told.
+
+Two scores are told apart only if they differ by more than the seeds do: by more than the largest spread (largest minus smallest,
+as a share of the mean) that three seeds of one method show on the same teacher.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from . import results
+from .results import Row
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
+HALF, CONSISTENT = 0.55, 0.95  # MACs that count as half; SSIM (1 is equal) that counts as close to the original's picture
+TOLERANCE = 1.1  # FD-glyph over the teacher's that still counts as the same quality: design target, the paper's FID grows 0.44
+FASTER = 1.1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One of HOLDS, FAILS, OPEN, and the figures that it rests on."""
+
+    word: str
+    figures: str
+
+    def __str__(self) -> str:
+        return f"**{self.word}**: {self.figures}"
+
+
+class Evidence:
+    """The stored results of one teacher and its students, by the last part of the recipe's name ("2x4", "diffpruned")."""
+
+    def __init__(self, base: str):
+        self.base = base
+        self.short = {row.name.removeprefix(f"{base}-short-"): row for row in results.load("short", base)}
+        self.long = {row.name.removeprefix(base).lstrip("-") or "teacher": row for row in results.load("headline", base)}
+
+    @property
+    def noise(self) -> float:
+        """The largest spread of the seeds of one method. Raises KeyError if no method has several seeds."""
+        spreads = [row.spread for row in self.short.values() if row.spread is not None]
+        if not spreads:
+            raise KeyError("several seeds of a method")
+        return max(spreads)
+
+    def compare(self, a: Row, b: Row) -> int:
+        """-1 if `a` has the lower FD-glyph, 1 if `b` has, 0 if the seeds do not allow to tell."""
+        if abs(a.fd - b.fd) <= self.noise * (a.fd + b.fd) / 2:
+            return 0
+        return -1 if a.fd < b.fd else 1
+
+    def better(self, a: str, others: Iterable[str]) -> Verdict:
+        """Whether a short run is better than every one of the others."""
+        row, rivals = self.short[a], [self.short[name] for name in others]
+        outcomes = [self.compare(row, rival) for rival in rivals]
+        word = FAILS if 1 in outcomes else HOLDS if all(outcome == -1 for outcome in outcomes) else OPEN
+        return Verdict(word, f"{row.fd:.2f} against " + ", ".join(f"{r.fd:.2f} ({r.recipe.method})" for r in rivals))
+
+
+def _half(key: str) -> Callable[[Evidence], Verdict]:
+    def judge(found: Evidence) -> Verdict:
+        share = found.long[key].macs / found.long["teacher"].macs
+        return Verdict(HOLDS if share <= HALF else FAILS, f"{share:.0%} of the MACs, attention included")
+
+    return judge
+
+
+def _kept(key: str) -> Callable[[Evidence], Verdict]:
+    """The quality of a headline model against the teacher's and against that of the dense model with the same training."""
+
+    def judge(found: Evidence) -> Verdict:
+        row, teacher, rival = (found.long[name] for name in (key, "teacher", "more"))
+        word = FAILS if row.fd > TOLERANCE * teacher.fd else HOLDS if found.compare(row, rival) < 1 else FAILS
+        return Verdict(word, f"{row.fd:.2f}; teacher {teacher.fd:.2f}, dense with the same extra training {rival.fd:.2f}")
+
+    return judge
+
+
+def _better(a: str, *others: str) -> Callable[[Evidence], Verdict]:
+    return lambda found: found.better(a, others)
+
+
+def _faster(key: str) -> Callable[[Evidence], Verdict]:
+    def judge(found: Evidence) -> Verdict:
+        speedup = found.short[key].speedup
+        if speedup is None:
+            raise KeyError(key)
+        return Verdict(HOLDS if speedup >= FASTER else FAILS, f"{speedup:.2f} times faster, 16 pictures, 2 CPU cores")
+
+    return judge
+
+
+def _cheap(found: Evidence) -> Verdict:
+    """Diff-Pruning's 10 to 20 % of the training: the short run is a tenth of the teacher's."""
+    row, teacher = found.short["diffpruned"], found.short["teacher"]
+    share = row.images / found.long["teacher"].images
+    word = HOLDS if row.fd <= TOLERANCE * teacher.fd else FAILS
+    return Verdict(word, f"{row.fd:.2f}, teacher {teacher.fd:.2f}, after {share:.0%} of its training")
+
+
+def _thresholds(found: Evidence) -> Verdict:
+    keys = ("threshold-0.02", "diffpruned", "threshold-0.2")
+    best, taylor = min((found.short[key] for key in keys), key=lambda row: row.fd), found.short["taylor"]
+    word = {-1: HOLDS, 0: OPEN, 1: FAILS}[found.compare(best, taylor)]
+    sweep = ", ".join(f"{found.short[key].fd:.2f} ({found.short[key].recipe.prune['threshold']:g})" for key in keys)
+    return Verdict(word, f"{taylor.fd:.2f} with all timesteps, {sweep}")
+
+
+def _consistent(found: Evidence) -> Verdict:
+    rows = [found.short[key] for key in ("diffpruned", "scratch", "2x4")]
+    word = HOLDS if rows[0].mean("ssim_to_base") >= CONSISTENT else FAILS
+    return Verdict(word, "SSIM " + ", ".join(f"{r.mean('ssim_to_base'):.3f} ({r.recipe.method})" for r in rows))
+
+
+# Paper, claim, judge.
+CLAIMS = (
+    ("SparseDM", "2:4 halves the MACs", _half("2x4")),
+    ("SparseDM", "... at the same quality", _kept("2x4")),
+    ("SparseDM", "better than other methods at half the MACs",
+     _better("2x4", "diffpruned", "magnitude", "2x4-asp", "2x4-ste", "2x4-srste")),
+    ("SparseDM", "the teacher's term helps", _better("2x4", "2x4-srste")),
+    ("SparseDM", "a fixed 2:4 beats progressive patterns", _better("2x4", "2x4-progressive")),
+    ("SparseDM", "it runs faster", _faster("2x4")),
+    ("Diff-Pruning", "half the MACs", _half("diffpruned")),
+    ("Diff-Pruning", "... at 10 to 20 % of the training, quality kept", _cheap),
+    ("Diff-Pruning", "dropping noisy timesteps from the importance helps", _thresholds),
+    ("Diff-Pruning", "pictures stay close to the original's", _consistent),
+    ("Diff-Pruning", "better than magnitude, random, Taylor, scratch",
+     _better("diffpruned", "magnitude", "random", "taylor", "scratch")),
+    ("both", "2:4 on a pruned model beats 1:4 and harder pruning at about a quarter of the MACs",
+     _better("diffpruned-2x4", "1x4", "diffpruned-quarter")),
+)  # fmt: skip
+
+
+def verdicts(base: str) -> list[Verdict]:
+    """A verdict on every one of `CLAIMS` from one teacher's results; what has not been run cannot be told."""
+    found = Evidence(base)
+    return [_judged(judge, found) for _, _, judge in CLAIMS]
+
+
+def _judged(judge: Callable[[Evidence], Verdict], found: Evidence) -> Verdict:
+    try:
+        return judge(found)
+    except KeyError as missing:
+        return Verdict(OPEN, f"not run ({missing.args[0]})")
+
+
+def table(bases: tuple[str, ...] = ("glyphs-uvit", "glyphs-unet")) -> str:
+    """The claims and their verdicts as a Markdown table, one column per teacher."""
+    columns = [verdicts(base) for base in bases]
+    names = [results.load("headline", base)[0].recipe.backbone for base in bases]
+    lines = [f"| paper | claim | {' | '.join(names)} |", "|---" * (2 + len(bases)) + "|"]
+    for (paper, claim, _), *cells in zip(CLAIMS, *columns, strict=True):
+        lines.append(f"| {paper} | {claim} | {' | '.join(map(str, cells))} |")
+    noise = ", ".join(f"{_noise(base)} for {name}" for base, name in zip(bases, names, strict=True))
+    lines += [
+        "",
+        "Figures are FD-glyph where nothing else is said. Scores that differ by less than three seeds of one method do"
+        f" ({noise}) are not told apart. Quality is kept if FD-glyph is at most {TOLERANCE - 1:.0%} above the teacher's and, "
+        "after the long training, not above that of the dense model with the same extra training.",
+    ]
+    return "\n".join(lines)
+
+
+def _noise(base: str) -> str:
+    try:
+        return f"{Evidence(base).noise:.0%}"
+    except KeyError:
+        return "not run"

@@ -1,0 +1,85 @@
+"""The figures of the comparison, from the stored results and from the pictures that `reproduce` left in its folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from . import evaluation, plots, results
+from .results import Row
+
+GRID = 18  # pictures in a row of the consistency grid
+METHODS = (
+    "teacher",
+    "more",
+    "2x4-oneshot",
+    "2x4-asp",
+    "2x4-srste",
+    "2x4",
+    "diffpruned",
+    "magnitude",
+    "scratch",
+    "diffpruned-2x4",
+)
+
+
+def draw(base: str, folder: Path, runs: Path | None = None) -> Iterator[Path]:
+    """Draw the figures of one teacher and its students into `folder` as PNG files, yielding their paths.
+
+    Args:
+        runs: the folder that `reproduce` wrote; with it the consistency grid is drawn: every method from the same noise.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = results.load("short", base)
+    found = {"macs": against_macs(rows), "latency": against_latency(rows), "training": over_training(rows)}
+    if runs:
+        found["grid"] = plots.rows(pictures(base, runs))
+    for name, figure in found.items():
+        path = folder / f"{base}-{name}.png"
+        figure.savefig(path, dpi=150)
+        yield path
+
+
+def against_macs(rows: list[Row]):
+    """Quality against the share of the teacher's MACs."""
+    whole = _teacher(rows).macs
+    points = [(row.recipe.method, _family(row), row.macs / whole, row.fd) for row in rows]
+    return plots.tradeoff(points, xlabel="MACs per picture and step, as a share of the dense model's")
+
+
+def against_latency(rows: list[Row]):
+    """Quality against the measured time of a step, as a share of the teacher's."""
+    points = [(row.recipe.method, _family(row), 1 / row.speedup, row.fd) for row in rows if row.speedup]
+    points += [(row.recipe.method, "dense", 1.0, row.fd) for row in rows if _family(row) == "dense"]
+    return plots.tradeoff(points, xlabel="measured time of a step, as a share of the dense model's")
+
+
+def over_training(rows: list[Row]):
+    """Quality over training, of the runs that were watched."""
+    lines = {
+        row.recipe.method: [(point["step"], point["fd_glyph"]) for point in row.runs[0]["curve"]]
+        for row in rows
+        if row.runs[0].get("curve")
+    }
+    return plots.training(lines, teacher=_teacher(rows).fd)
+
+
+def pictures(base: str, runs: Path) -> dict[str, torch.Tensor]:
+    """The first pictures [n, C, H, W] of several methods, in [-1, 1], all from the same noise, by method."""
+    found = {}
+    for row in results.load("short", base):
+        path = evaluation.samples_file(runs / row.name, row.recipe.protocol)
+        if row.name.removeprefix(f"{base}-short-") in METHODS and path.exists():
+            found[row.recipe.method] = load_file(path)["images"][:GRID].float() / 127.5 - 1
+    return found
+
+
+def _teacher(rows: list[Row]) -> Row:
+    return next(row for row in rows if row.name in results.teachers())
+
+
+def _family(row: Row) -> str:
+    if row.recipe.prune:
+        return "pruned + N:M" if row.recipe.pattern else "pruned"
+    return "N:M" if row.recipe.pattern else "dense"
