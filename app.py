@@ -19,7 +19,8 @@ import sparsedm
 from sparsedm import data, diffusion, latency, macs, metrics, plots
 
 BASES = {"glyphs-uvit": "U-ViT", "glyphs-unet": "UNet"}
-VARIANTS = {"sparsedm": "2:4 SparseDM", "oneshot": "2:4 one-shot, no training"}
+VARIANTS = {"sparsedm": "2:4 SparseDM", "diffpruned": "Diff-Pruning", "oneshot": "2:4 one-shot, no training"}
+_BUNDLED = {"sparsedm": "{}-2x4", "diffpruned": "{}-diffpruned"}
 MAX_LETTERS, MAX_STEPS, MAX_SEED, MAX_GUIDANCE = 12, 200, 2**31 - 1, 2.0
 
 
@@ -38,11 +39,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Variant:
-    """A model with the figures that do not change from run to run."""
+    """A model with the figures that do not change from run to run; `whole` are the dense model's MACs."""
 
     title: str
     model: nn.Module
     macs: macs.Macs
+    whole: int
     parameters: int
     nonzero: int
 
@@ -87,17 +89,18 @@ def _within(what: str, value, low: float, high: float, whole: bool = False) -> N
 
 @functools.cache
 def load(base: str, variant: str = "dense") -> Variant:
-    """The bundled dense model, its bundled 2:4 student, or the dense one folded to 2:4 without any training."""
-    name = f"{base}-2x4" if variant == "sparsedm" else base
-    model = sparsedm.load(name)
+    """The bundled dense model, its bundled 2:4 student or pruned one, or the dense one folded to 2:4 without any training."""
+    model = sparsedm.load(_BUNDLED.get(variant, "{}").format(base))
     if variant == "oneshot":
         model = sparsedm.fold(sparsedm.sparsify(copy.deepcopy(model), "2:4"))
     parameters = sum(p.numel() for p in model.parameters())
     nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
     title = f"{BASES[base]}, {VARIANTS.get(variant, variant)}"
-    if variant in VARIANTS:
+    if variant in ("sparsedm", "oneshot"):
         sparsedm.pack(model, batch=MAX_LETTERS // 2)
-    return Variant(title, model, macs.count(model), parameters, nonzero)
+    counts = macs.count(model)
+    whole = counts.dense if variant == "dense" else load(base).whole
+    return Variant(title, model, counts, whole, parameters, nonzero)
 
 
 def race(request: Request) -> Iterator[tuple[Lane, Lane]]:
@@ -142,7 +145,7 @@ def figures(lane: Lane, request: Request) -> str:
     """The table under a picture, as HTML."""
     variant, counts, timing = lane.variant, lane.variant.macs, latency.Timing(lane.seconds)
     calls = len(request.labels) * counts.calls(len(lane.seconds), request.guidance)
-    share = len(lane.seconds) / request.steps / counts.dense * 100
+    share = len(lane.seconds) / request.steps / variant.whole * 100
     low, high = timing.spread
     read, right = reading(lane.images, request.labels)
     wasted = counts.executed - counts.sparse
@@ -165,13 +168,13 @@ def reading(images: torch.Tensor, labels: torch.Tensor) -> tuple[str, int]:
     return "".join(data.GLYPHS[c] for c in classes), int((classes == labels).sum())
 
 
-def work_words(counts: macs.Macs) -> str:
-    """What a sparse model saves in MACs, and how much of that the kernel in use really skips."""
-    saved, skipped = 1 - counts.sparse / counts.dense, 1 - counts.executed / counts.dense
-    needs = f"2:4 needs **{saved * 100:.0f} % fewer MACs**"
-    if counts.executed >= counts.dense:
+def work_words(variant: Variant) -> str:
+    """What a sparse model saves in MACs, and how much of that is really skipped."""
+    saved, skipped = (1 - count / variant.whole for count in (variant.macs.sparse, variant.macs.executed))
+    needs = f"{variant.title.partition(', ')[2]} needs **{saved * 100:.0f} % fewer MACs**"
+    if variant.macs.executed >= variant.whole:
         return f"{needs}; skipping the zeros of its layers is no faster on this machine, so they are multiplied too"
-    return f"{needs}, and this build's kernels skip {skipped * 100:.0f} %"
+    return f"{needs}, and {skipped * 100:.0f} % are really skipped here"
 
 
 def time_words(dense: Lane, sparse: Lane) -> str:
@@ -192,7 +195,7 @@ def verdict(dense: Lane, sparse: Lane, request: Request) -> str:
     (_, right), (_, sparse_right) = (reading(lane.images, request.labels) for lane in (dense, sparse))
     n = len(request.labels)
     return (
-        f"{work_words(sparse.variant.macs)}. {time_words(dense, sparse)}. "
+        f"{work_words(sparse.variant)}. {time_words(dense, sparse)}. "
         f"The classifier reads **{right} of {n}** characters right on the dense side and **{sparse_right} of {n}** on the "
         f"sparse side; SSIM between the two is **{_similarity(dense, sparse):.2f}**."
     )
@@ -233,7 +236,7 @@ def build(base: str = "glyphs-uvit") -> gr.Blocks:
                 "SPARSE", label="Word", info=f"A-Z, 0-9, at most {MAX_LETTERS}", max_lines=1, scale=2, min_width=200
             )
             backbone = gr.Radio(_choices(BASES), value=base, label="Backbone", info="of both sides", scale=2)
-            kept = {"label": "Sparse side", "info": "2 of every 4 weights kept"}
+            kept = {"label": "Sparse side", "info": "about half the MACs"}
             variant = gr.Radio(_choices(VARIANTS), value="sparsedm", **kept, scale=5, min_width=300)
             run = gr.Button("Draw", variant="primary", min_width=90)
             again = gr.Button("New seed", min_width=90)
@@ -276,8 +279,9 @@ def _column(title: str, side: str) -> tuple[gr.Image, gr.HTML]:
 
 
 HEADER = """<h1>One word, two models</h1>
-<p>A small diffusion model turns noise into letters: once dense, once with only 2 of every 4 weights in nearly all layers.
-Both start from the same noise and take turns, step by step, so that they are timed under the same conditions.</p>"""
+<p>A small diffusion model turns noise into letters: once dense, once at about half the work, with 2 of every 4 weights
+or with fewer channels. Both start from the same noise and take turns, step by step, so that they are timed under the same
+conditions.</p>"""
 
 CSS = f"""
 .dense {{ --ink: {plots.INK}; }} .sparse {{ --ink: {plots.SPARSE_INK}; }}

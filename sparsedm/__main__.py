@@ -29,8 +29,12 @@ def reproduce(
     n: Annotated[int | None, typer.Option(help="Pictures to score instead of the recipe's number.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of training and pictures; by default all of the recipe's, in turn.")] = None,
     bundle: Annotated[bool, typer.Option(help="Copy model, card and results into the package.")] = False,
-    steps: Annotated[int | None, typer.Option(help="Training steps instead of the recipe's, for a trial.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A training setting instead of the recipe's: steps=100; may be repeated.")
+    ] = None,
     inception: Annotated[str | None, typer.Option(help="Inception's weights, for FID on sets other than the glyphs.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Folder of the autoencoder, for latent models.")] = None,
+    reference: Annotated[str, typer.Option(help="Data set for FID instead of the training set, such as folder:PATH.")] = "",
 ) -> None:
     """Train, save and score experiments. Example: python -m sparsedm reproduce glyphs-uvit-2x4"""
     from sparsedm import experiment, recipes
@@ -42,14 +46,22 @@ def reproduce(
         return
     if bool(name) == all:
         raise ValueError("name a recipe (reproduce list shows them), or ask for --all")
-    overrides = {} if steps is None else {"steps": steps}
+    overrides = {key: _value(text) for key, _, text in (setting.partition("=") for setting in settings or ())}
     pool = recipes.LETTERS if all else recipes.NAMES
     chosen = [recipe for recipe in pool if all or fnmatchcase(recipe, name)] or [name]
     for recipe in chosen:
         for number in recipes.seeds(recipe) if seed is None else (seed,):
             run, protocol = recipes.run_name(recipe, number), recipes.protocol(recipe, n)
-            _show(run, experiment.reproduce(recipe, out, protocol, bundle, number, inception, **overrides))
+            _show(run, experiment.reproduce(recipe, out, protocol, bundle, number, inception, vae, reference, **overrides))
             print(f"results in {out / run / experiment.RESULTS_FILE}")
+
+
+def _value(text: str):
+    """A number, list or word as the command line gives it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _show(run: str, states: Iterator) -> None:

@@ -223,7 +223,7 @@ def _torchvision_set(name: str, root: Path, split: str, size: int | None, downlo
 
 
 TORCHVISION_SETS = ("cifar10", "celeba", "lsun-church_outdoor", "lsun-bedroom")
-NAMES = ("glyphs", "glyphs-rgb", "digits", *TORCHVISION_SETS, "folder:PATH")
+NAMES = ("glyphs", "glyphs-rgb", "digits", *TORCHVISION_SETS, "folder:PATH", "latents:PATH")
 
 
 def load(
@@ -239,7 +239,7 @@ def load(
     """The data set called `name` (one of `NAMES`); a Dataset is returned as it is.
 
     Args:
-        split: "train" or "test" (ignored by folder:PATH, which is one set).
+        split: "train" or "test" (ignored by folder:PATH and latents:PATH, which are one set).
         size: height and width in pixels; each set has its own default.
         n, seed: number and seed of the glyphs; other sets ignore them.
         root, download: where torchvision's sets lie, and whether they may be fetched. Nothing is downloaded unless asked.
@@ -256,6 +256,10 @@ def load(
         return Digits(split)
     if name.startswith("folder:"):
         return ImageFolder(name.removeprefix("folder:"), size or 32)
+    if name.startswith("latents:"):
+        from .latents import Latents
+
+        return Latents(name.removeprefix("latents:"))
     if name in TORCHVISION_SETS:
         return _torchvision_set(name, Path(root), split, size, download)
     raise ValueError(f"unknown data set {name!r}; known: {', '.join(NAMES)}")

@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from . import data, diffusion, metrics
+from . import data, diffusion, latents, metrics
 from .files import replacing
 from .recipes import Protocol
 
@@ -26,8 +27,13 @@ class Progress:
     note: str = ""
 
 
-def sample(model: nn.Module, folder: Path, protocol: Protocol, stage: str = "sample") -> Iterator[Progress]:
-    """Sample the protocol's pictures (a generator that returns them, uint8 [n, C, H, W]), saving every `CHUNK` in `folder`."""
+def sample(
+    model: nn.Module, folder: Path, protocol: Protocol, stage: str = "sample", vae: AutoencoderKL | None = None
+) -> Iterator[Progress]:
+    """Sample the protocol's pictures (a generator that returns them, uint8 [n, C, H, W]), saving every `CHUNK` in `folder`.
+
+    With `vae` the model makes latents, which it decodes.
+    """
     path = samples_file(folder, protocol)
     settings = {k: str(v) for k, v in asdict(protocol).items() if k != "n"}
     parts = _saved(path, settings)
@@ -41,12 +47,12 @@ def sample(model: nn.Module, folder: Path, protocol: Protocol, stage: str = "sam
             options = {"sampler": protocol.sampler, "steps": protocol.steps, "guidance": protocol.guidance}
             with torch.autocast(model.device.type, torch.bfloat16, enabled=protocol.precision == "bf16"):
                 batch = diffusion.generate(model, noise, class_labels=None if asked is None else asked[start:end], **options)
-            parts.append(data.to_uint8(batch).cpu())
+            parts.append(data.to_uint8(batch if vae is None else latents.decode(vae, batch)).cpu())
             yield Progress(stage, end, protocol.n)
         done = stop
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            save_file({"images": torch.cat(parts)}, temporary, metadata=settings)
+            save_file({"images": torch.cat(parts).contiguous()}, temporary, metadata=settings)
     return torch.cat(parts)[: protocol.n]
 
 
@@ -75,6 +81,7 @@ def score(
     dataset: str,
     base: torch.Tensor | None = None,
     inception: str | None = None,
+    reference: str = "",
 ) -> dict[str, float]:
     """Scores of pictures uint8 [n, C, H, W] of the classes `asked` [n].
 
@@ -83,14 +90,14 @@ def score(
 
     Args:
         base: the teacher's pictures from the same noise; with them, "ssim_to_base".
-        inception: path of torch-fidelity's Inception weights.
+        inception: path of torch-fidelity's Inception weights; reference: a data set to compare with instead of the training set.
     """
     glyphs = dataset.startswith("glyphs")
     scores = {"n": len(images)}
     if glyphs or inception:
         split = {"split": "test", "n": len(images)} if glyphs else {}
-        reference, _ = data.stack(data.load(dataset, **split))
-        scores |= metrics.frechet(images, data.to_uint8(reference), inception)
+        real, _ = data.stack(data.load(reference or dataset, **split))
+        scores |= metrics.frechet(images, data.to_uint8(real), inception)
     if glyphs and asked is not None:
         scores["readability"] = metrics.readability(images, asked)
     if base is not None:

@@ -10,10 +10,11 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -36,6 +37,8 @@ def reproduce(
     bundle: bool = False,
     seed: int = 0,
     inception: str | None = None,
+    vae: str | None = None,
+    reference: str = "",
     **train_options,
 ) -> Iterator[Progress]:
     """Train, save and score the recipe `name` in the folder `out`/`run_name(name, seed)`, going on from whatever is there.
@@ -46,19 +49,26 @@ def reproduce(
         protocol: how to score, the recipe's own by default.
         bundle: also copy the results into the package, and with seed 0 the model and its card if the recipe says so.
         seed: of the training's draws and of the pictures' noise; the base is the same for all.
-        inception: path of Inception's weights, for FID on sets other than the glyphs.
+        inception: path of Inception's weights, for FID on sets other than the glyphs, against the pictures of `reference` (a
+            data set's name) or of the training set.
+        vae: folder of the autoencoder that decodes what a latent model makes.
         **train_options: override fields of the recipe's training, for trials.
     """
     if name == CLASSIFIER:
         yield from _reproduce_classifier(Path(out, name), bundle)
         return
     chosen, run = recipe(name), run_name(name, seed)
+    known = [field.name for field in fields(distill.TrainConfig)]
+    if unknown := set(train_options) - set(known):
+        raise ValueError(f"unknown training setting {min(unknown)!r}; known: {', '.join(known)}")
     protocol = protocol or chosen.protocol
     protocol = replace(protocol, seed=protocol.seed + seed)
     folder = Path(out, run)
     settings = {**chosen.train, **train_options} if chosen.train else {}
     if settings and seed:
         settings["seed"] = seed
+    if chosen.data.startswith("latents:") and (not vae or (inception and not reference)):
+        raise ValueError(f"{name} makes latents: name the folder of an autoencoder (vae), and for FID real pictures (reference)")
     _claim(folder, settings)
     results = _finished(folder / RESULTS_FILE, protocol)
     if results is None:
@@ -67,7 +77,9 @@ def reproduce(
             zoo.save(made, folder / "model", torch.float16)
         model = zoo.load(folder / "model")
         _check_pattern(model, chosen)
-        scores, curve = yield from _scores(model, chosen, protocol, Path(out), folder, settings, inception)
+        images, base_images, curve = yield from _pictures(model, chosen, protocol, Path(out), folder, settings, vae)
+        asked = evaluation.labels(model, protocol.n)
+        scores = evaluation.score(images, asked, chosen.data, base_images, inception, reference)
         results = {"name": run, "command": f"python -m sparsedm reproduce {name}" + (f" --seed {seed}" if seed else "")}
         results |= {"seed": seed, "scores": scores, "curve": curve, "protocol": asdict(protocol)}
         results |= _facts(chosen, model, folder, settings)
@@ -111,24 +123,24 @@ def _at(folder: Path, step: int) -> Path:
     return folder / f"step-{step}" / "model"
 
 
-def _scores(
-    model: nn.Module, chosen: Recipe, protocol: Protocol, out: Path, folder: Path, settings: dict, inception: str | None
+def _pictures(
+    model: nn.Module, chosen: Recipe, protocol: Protocol, out: Path, folder: Path, settings: dict, vae: str | None
 ) -> Iterator[Progress]:
-    """Sample what the scores need (a generator that returns them, and those of the models saved on the way)."""
-    images = yield from evaluation.sample(model, folder, protocol)
+    """Sample what is to be scored (a generator that returns pictures, the base's, and scores of the models saved on the way)."""
+    decoder = AutoencoderKL.from_pretrained(vae) if vae else None
+    images = yield from evaluation.sample(model, folder, protocol, vae=decoder)
     base_images, early = None, []
     if chosen.base:
         source, made_here = _base(chosen, out)
         place = out / chosen.base if made_here else folder / "base"
-        base_images = yield from evaluation.sample(zoo.load(source), place, protocol, "sample the base")
+        base_images = yield from evaluation.sample(zoo.load(source), place, protocol, "sample the base", decoder)
     for step in (step for step in chosen.watch if _at(folder, step).exists()):
         few, watched = replace(protocol, n=WATCH_PICTURES), zoo.load(_at(folder, step))
-        pictures = yield from evaluation.sample(watched, folder / f"step-{step}", few, f"sample step {step}")
+        pictures = yield from evaluation.sample(watched, folder / f"step-{step}", few, f"sample step {step}", decoder)
         early.append((step, pictures))
     yield Progress("score", 0, 1)
     curve = [*early, (settings["steps"], images[:WATCH_PICTURES])] if early else []
-    curve = [{"step": step, **evaluation.score(pictures, None, chosen.data)} for step, pictures in curve]
-    return evaluation.score(images, evaluation.labels(model, protocol.n), chosen.data, base_images, inception), curve
+    return images, base_images, [{"step": step, **evaluation.score(some, None, chosen.data)} for step, some in curve]
 
 
 def _base(chosen: Recipe, out: Path) -> tuple[str | Path, bool]:

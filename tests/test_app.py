@@ -26,7 +26,7 @@ def order(**changes) -> app.Request:
 
 def lane(side: str = "dense", seconds=(0.01,) * 6, **counts) -> app.Lane:
     layer = macs.LayerMacs("layer", 1000, NMPattern(2, 4) if side == "sparse" else None, **counts)
-    variant = app.Variant(f"UNet, {side}", torch.nn.Identity(), macs.Macs((layer,), attention=100), 1000, 500)
+    variant = app.Variant(f"UNet, {side}", torch.nn.Identity(), macs.Macs((layer,), attention=100), 1100, 1000, 500)
     return app.Lane(variant, torch.zeros(2, 1, 16, 16), tuple(seconds))
 
 
@@ -46,7 +46,7 @@ def test_a_good_order_is_normalised():
         ({"word": "ß" * 7}, "14 letters"),
         ({"base": "../secret"}, "backbone '../secret' is unknown.*glyphs-uvit, glyphs-unet"),
         ({"base": ["glyphs-unet"]}, "backbone"),
-        ({"variant": "4:8"}, "sparse model.*sparsedm, oneshot"),
+        ({"variant": "4:8"}, "sparse model.*sparsedm, diffpruned, oneshot"),
         ({"sampler": "euler"}, "sampler 'euler'.*ddim, ddpm"),
         ({"steps": 0}, "steps is '0'.*whole number from 1 to 200"),
         ({"steps": 2.5}, "steps"),
@@ -86,11 +86,20 @@ def test_one_shot_is_the_folded_teacher_and_the_cached_teacher_stays_dense():
     assert app.load("glyphs-unet") is dense
 
 
+@pytest.mark.parametrize("base", app.BASES)
+def test_the_pruned_model_does_about_half_the_work(base):
+    pruned = app.load(base, "diffpruned")
+    assert pruned.macs.executed == pruned.macs.sparse and pruned.nonzero > 0.999 * pruned.parameters
+    assert pruned.parameters < 0.6 * app.load(base).parameters
+    assert 0.45 < pruned.macs.executed / pruned.whole < 0.55 and pruned.whole == app.load(base).macs.dense
+    assert re.search(r"Diff-Pruning needs \*\*4\d % fewer MACs\*\*, and 4\d % are really skipped", app.work_words(pruned))
+
+
 def test_the_text_says_what_the_kernel_really_does():
-    zeros_multiplied = app.work_words(lane("sparse").variant.macs)
+    zeros_multiplied = app.work_words(lane("sparse").variant)
     assert "45 % fewer MACs" in zeros_multiplied and "multiplied too" in zeros_multiplied
-    skipped = app.work_words(lane("sparse", executed_share=0.5).variant.macs)
-    assert "kernels skip 45 %" in skipped and "zeros too" not in skipped
+    skipped = app.work_words(lane("sparse", executed_share=0.5).variant)
+    assert "45 % are really skipped" in skipped and "zeros too" not in skipped
 
 
 @pytest.mark.parametrize(

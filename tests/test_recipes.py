@@ -1,0 +1,85 @@
+"""The papers' recipes start, train, save and resume, on stand-in data of the papers' shapes and at a fraction of the width."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DModel
+from torch.utils.data import TensorDataset
+
+from sparsedm import experiment, layers, recipes
+from sparsedm.models import zoo
+
+PAPER = {name: found for name, found in recipes.RECIPES.items() if found.suite == "paper"}
+TEACHERS = [name for name, found in PAPER.items() if not found.base]
+TRIAL = {"steps": 2, "batch_size": 2, "checkpoint_every": 1, "mixed_precision": "no", "warmup": 1}
+
+
+def narrow(found: recipes.Recipe) -> recipes.Recipe:
+    """The same recipe with a model of few channels, for pictures and labels of the same shape."""
+    cls, config = found.model
+    if cls is UNet2DModel:
+        shrink = 8 if config["sample_size"] > 64 else 4
+        widths = tuple(width // shrink for width in config["block_out_channels"])
+        config = {**config, "block_out_channels": widths, "norm_num_groups": 4, "layers_per_block": 1}
+    else:
+        config = {**config, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return dataclasses.replace(found, model=(cls, config))
+
+
+def settings(name: str) -> dict:
+    """The training settings of the trial that differ from the recipe's."""
+    if "pattern_schedule" in PAPER[name].train:
+        return {**TRIAL, "pattern_schedule": [[0, "31:32"], [1, "2:4"]]}
+    return TRIAL if PAPER[name].train else {}
+
+
+@pytest.fixture
+def trial(monkeypatch, tmp_path):
+    """`trial(name)`: a generator that carries the recipe out at trial size."""
+
+    def stand_in(name: str, **options):
+        base = PAPER[name].base or name
+        config = dict(narrow(PAPER[base]).model[1])
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(8, config.get("in_channels", 3), *[config["sample_size"]] * 2, generator=generator)
+        return TensorDataset(images.clamp(-1, 1), torch.arange(8))
+
+    vae = tmp_path / "vae"
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4, **blocks).save_pretrained(vae)
+
+    def start(name: str):
+        monkeypatch.setattr(
+            experiment.data, "load", lambda data, **options: data if not isinstance(data, str) else stand_in(name)
+        )
+        monkeypatch.setitem(recipes.RECIPES, name, narrow(PAPER[name]) if not PAPER[name].base else PAPER[name])
+        latent = PAPER[name].data.startswith("latents:")
+        protocol = dataclasses.replace(PAPER[name].protocol, n=2, steps=2)
+        return experiment.reproduce(name, tmp_path, protocol, vae=vae if latent else None, **settings(name))
+
+    monkeypatch.setattr(experiment, "IMPORTANCE_PICTURES", 2)
+    importance = experiment.diffpruning.importance
+    few = lambda *args, **options: itertools.islice(importance(*args, **options), 3)  # noqa: E731
+    monkeypatch.setattr(experiment.diffpruning, "importance", few)
+    return start
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_teachers_and_students_start_step_save_and_resume(name, trial, tmp_path):
+    for run in (name, *(student for student in PAPER if PAPER[student].base == name)):
+        states = trial(run)
+        if PAPER[run].train:
+            assert any(state.stage == "train" for state in states)
+            states.close()
+            checkpoint = torch.load(tmp_path / run / "train" / "checkpoint.pt", weights_only=True)
+            assert checkpoint["step"] == 2
+            states = trial(run)
+        assert [state.stage for state in states][-1] == "done"
+        result = json.loads((tmp_path / run / "results.json").read_text())
+        assert result["train"] == json.loads(json.dumps({**PAPER[run].train, **settings(run)}))
+        model = zoo.load(tmp_path / run / "model")
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        assert bool(layers.patterns(model)) == bool(PAPER[run].pattern)
