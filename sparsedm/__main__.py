@@ -49,11 +49,11 @@ def reproduce(
     overrides = {key: _value(text) for key, _, text in (setting.partition("=") for setting in settings or ())}
     pool = recipes.LETTERS if all else recipes.NAMES
     chosen = [recipe for recipe in pool if all or fnmatchcase(recipe, name)] or [name]
-    for recipe in chosen:
-        for number in recipes.seeds(recipe) if seed is None else (seed,):
-            run, protocol = recipes.run_name(recipe, number), recipes.protocol(recipe, n)
-            _show(run, experiment.reproduce(recipe, out, protocol, bundle, number, inception, vae, reference, **overrides))
-            print(f"results in {out / run / experiment.RESULTS_FILE}")
+    runs = [(number, recipe) for recipe in chosen for number in (recipes.seeds(recipe) if seed is None else (seed,))]
+    for number, recipe in sorted(runs, key=lambda run: run[0]):
+        run, protocol = recipes.run_name(recipe, number), recipes.protocol(recipe, n)
+        _show(run, experiment.reproduce(recipe, out, protocol, bundle, number, inception, vae, reference, **overrides))
+        print(f"results in {out / run / experiment.RESULTS_FILE}")
 
 
 def _value(text: str):
