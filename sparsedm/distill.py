@@ -78,6 +78,14 @@ class TrainConfig:
         if starts != sorted(set(starts)):
             raise ValueError(f"pattern_schedule steps must increase, they are {starts}")
 
+    @classmethod
+    def of(cls, options: dict) -> "TrainConfig":
+        """Settings by name. Raises ValueError for a name that is none, with the known ones."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(options) - set(known)):
+            raise ValueError(f"unknown training setting {unknown[0]!r}; known: {', '.join(known)}")
+        return cls(**options)
+
     def identity(self) -> dict:
         """What must be equal for a checkpoint to be resumed."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))  # tuples and lists are the same
@@ -123,7 +131,8 @@ def finetune(student: nn.Module, teacher: nn.Module | None, data: str | Dataset,
         data: a data set or its name (`sparsedm.data.NAMES`).
         scheduler: a diffusers scheduler with the noise schedule and prediction type; by default that in the
             student's config (`noise_schedule`), else DDPM's linear one with noise prediction.
-        out: a folder for checkpoints; a run that finds its own checkpoint there goes on from it.
+        out: a folder for checkpoints; a run that finds its own checkpoint there goes on from it. One is written, too, when the
+            generator is closed.
         **options: the fields of `TrainConfig`; `steps` is required.
 
     Raises:
@@ -142,7 +151,7 @@ def _run(
     out: str | Path | None = None,
     **options,
 ) -> Iterator[TrainState]:
-    config = TrainConfig(**options)
+    config = TrainConfig.of(options)
     dataset = data_module.load(data)
     scheduler = scheduler or diffusion.make_scheduler("ddpm", model)
     for _, pattern in config.pattern_schedule:
@@ -168,7 +177,12 @@ def _run(
         if checkpoint and accelerator.is_main_process and (step % config.checkpoint_every == 0 or step == config.steps):
             training.save(checkpoint, step)
         values = {name: value.item() for name, value in terms.items()}
-        yield TrainState(step, config.steps, loss.item(), values, lr, time.perf_counter() - began, model, training.ema)
+        try:
+            yield TrainState(step, config.steps, loss.item(), values, lr, time.perf_counter() - began, model, training.ema)
+        except GeneratorExit:  # the caller stopped: nothing is lost
+            if checkpoint and accelerator.is_main_process:
+                training.save(checkpoint, step)
+            raise
     _apply_pattern(model, config.pattern_schedule, config.steps)
     training.ema.copy_to(model.parameters())
     model.eval()

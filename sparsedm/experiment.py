@@ -10,7 +10,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from .files import replacing
 from .models import classifier, zoo
 from .recipes import CLASSIFIER, Protocol, Recipe, recipe, run_name
 from .results import RESULTS, card
+from .runlog import RunLog, read
 
 IMPORTANCE_PICTURES = 128  # as many as the Diff-Pruning code takes of CIFAR-10
 RESULTS_FILE = "results.json"
@@ -58,9 +59,8 @@ def reproduce(
         yield from _reproduce_classifier(Path(out, name), bundle)
         return
     chosen, run = recipe(name), run_name(name, seed)
-    known = [field.name for field in fields(distill.TrainConfig)]
-    if unknown := set(train_options) - set(known):
-        raise ValueError(f"unknown training setting {min(unknown)!r}; known: {', '.join(known)}")
+    if chosen.train:
+        distill.TrainConfig.of({**chosen.train, **train_options})
     protocol = protocol or chosen.protocol
     protocol = replace(protocol, seed=protocol.seed + seed)
     folder = Path(out, run)
@@ -111,11 +111,12 @@ def _make(chosen: Recipe, out: Path, folder: Path, settings: dict, seed: int) ->
     if settings:
         if 0 in chosen.watch:
             zoo.save(layers.folded(model), _at(folder, 0), torch.float16)
-        log, teacher = _Log(folder / "log.jsonl"), teacher if chosen.distil else None
+        log, teacher = RunLog(folder / "log.jsonl"), teacher if chosen.distil else None
         for state in distill.finetune(model, teacher, chosen.data, out=folder / "train", **settings):
             if state.step in chosen.watch:
                 zoo.save(layers.fold(state.ema_model()), _at(folder, state.step), torch.float16)
-            yield from log.add(state)
+            if line := log.add(state):
+                yield Progress("train", state.step, state.steps, f"loss {line['loss']:.4f}")
     return layers.fold(model)
 
 
@@ -204,46 +205,6 @@ def _importance(model: nn.Module, dataset: str, threshold: float, seed: int, fol
         parameter.grad = gradients.get(name)
 
 
-class _Log:
-    """Means over `every` training steps (and mask flips), appended to a JSON-lines file."""
-
-    def __init__(self, path: Path, every: int = 50):
-        self.path, self.every = path, every
-        self.sums, self.count, self.masks = {}, 0, None
-
-    def add(self, state: distill.TrainState) -> Iterator[Progress]:
-        if self.masks is None:
-            self._drop_from(state.step)
-            self.masks = {}
-        self.count += 1
-        for term, value in {"loss": state.loss, **state.terms, "seconds": state.seconds}.items():
-            self.sums[term] = self.sums.get(term, 0) + value
-        if state.step % self.every and state.step < state.steps:
-            return
-        line = {"step": state.step, "lr": state.lr, **{k: v / self.count for k, v in self.sums.items()}}
-        now = layers.masks(state.model)
-        if self.masks:
-            line["mask_change"] = layers.mask_change(self.masks, now)
-        self.masks, self.sums, self.count = now, {}, 0
-        _append(self.path, line)
-        yield Progress("train", state.step, state.steps, f"loss {line['loss']:.4f}")
-
-    def _drop_from(self, step: int) -> None:
-        """Drop what a killed run logged after its last checkpoint."""
-        kept = [line for line in _lines(self.path) if line["step"] < step]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-
-
-def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _append(path: Path, line: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
 def _check_pattern(model: nn.Module, chosen: Recipe) -> None:
     """Refuse to score a student whose saved weights are not N:M in every layer that should be."""
     if not chosen.pattern:
@@ -256,7 +217,7 @@ def _check_pattern(model: nn.Module, chosen: Recipe) -> None:
 
 def _facts(chosen: Recipe, model: nn.Module, folder: Path, settings: dict) -> dict:
     """What there is to say about the model besides its scores."""
-    counts, log = macs.count(model), _lines(folder / "log.jsonl")
+    counts, log = macs.count(model), read(folder / "log.jsonl")
     return {
         "title": chosen.title,
         "base": chosen.base,

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -66,3 +67,22 @@ def _failed(path: Path, error: Exception) -> OSError:
 def _flush(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def claimed(folder: str | Path) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if need be; a claim ends with its process, however it ends.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".claim", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                error.errno, f"{folder} is in use by another run; wait for it, or choose another folder"
+            ) from error
+        yield

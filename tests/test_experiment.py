@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from sparsedm import data, experiment, metrics, recipes, structure
+from sparsedm import data, experiment, metrics, recipes, runlog, structure
 from sparsedm.models import zoo
 from sparsedm.models.uvit import UViTModel
 
@@ -88,7 +88,7 @@ def _untrained_classifier():
 
 def test_interrupted_training_and_sampling_go_on(tiny_recipes, monkeypatch):
     monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
-    monkeypatch.setattr(experiment, "_Log", functools.partial(experiment._Log, every=1))
+    monkeypatch.setattr(experiment, "RunLog", functools.partial(runlog.RunLog, every=1))
     whole, broken = tiny_recipes / "whole", tiny_recipes / "broken"
     list(experiment.reproduce("teacher", whole, PROTOCOL))
     for stage, stops in (("train", 3), ("sample", 3)):
@@ -145,8 +145,8 @@ def test_student_that_is_not_sparse_is_not_scored(tiny_recipes):
         next(experiment.reproduce("student", tiny_recipes, PROTOCOL))
 
 
-def test_unknown_recipe_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown recipe 'glyphs-vit'; known: glyph-classifier, glyphs-uvit"):
+def test_unknown_recipe_lists_those_that_are_close():
+    with pytest.raises(ValueError, match="unknown recipe 'glyphs-vit'; close: glyphs-uvit"):
         next(experiment.reproduce("glyphs-vit"))
 
 

@@ -111,25 +111,34 @@ def load(name_or_folder: str | Path) -> ModelMixin:
         ValueError: unknown name, or a config or weights file that is truncated, renamed or of another shape (named).
         FileNotFoundError: the folder has no config or no weights.
     """
-    folder = ASSETS / str(name_or_folder)
-    if not (folder / CONFIG).exists():
-        folder = Path(name_or_folder)
-    if not folder.is_dir():
-        raise ValueError(f"unknown model {str(name_or_folder)!r}; bundled: {', '.join(bundled())}; or give a folder")
-    if (folder / "unet" / CONFIG).exists():  # a pipeline
-        folder = folder / "unet"
+    folder = _folder_of(name_or_folder)
     config = _read_json(folder / CONFIG)
     schedule, pruning = config.pop("noise_schedule", None), config.pop("pruning", None)
     model = _class_of(config, folder).from_config(config)
     if pruning:
         structure.apply(model, pruning)
-    _load_weights(model, folder / (PACKED if (folder / PACKED).exists() else WEIGHTS))
+    _load_weights(model, weights_of(folder))
     pipeline_schedule = folder.parent / "scheduler" / "scheduler_config.json"
     if schedule is None and pipeline_schedule.exists():
         schedule = _read_json(pipeline_schedule)
     if schedule is not None:
         model.register_to_config(noise_schedule=schedule)
     return model.eval()
+
+
+def _folder_of(name_or_folder: str | Path) -> Path:
+    folder = ASSETS / str(name_or_folder)
+    if not (folder / CONFIG).exists():
+        folder = Path(name_or_folder)
+    if not folder.is_dir():
+        raise ValueError(f"unknown model {str(name_or_folder)!r}; bundled: {', '.join(bundled())}; or give a folder")
+    return folder / "unet" if (folder / "unet" / CONFIG).exists() else folder  # a pipeline's
+
+
+def weights_of(name_or_folder: str | Path) -> Path:
+    """The weights file of a bundled model or model folder: the packed one if there is one. Raises as `load`."""
+    folder = _folder_of(name_or_folder)
+    return folder / (PACKED if (folder / PACKED).exists() else WEIGHTS)
 
 
 def save(

@@ -3,6 +3,7 @@
 `python -m sparsedm reproduce NAME` carries one out (experiment.py).
 """
 
+import difflib
 from dataclasses import replace
 
 from . import glyphs, papers
@@ -17,9 +18,11 @@ LETTERS = (CLASSIFIER, *(name for name, found in RECIPES.items() if found.suite 
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe called `name`. Raises ValueError with the known names."""
+    """The recipe called `name`. Raises ValueError with the names that are close."""
     if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(NAMES)}")
+        close = ", ".join(difflib.get_close_matches(name, NAMES, n=4))
+        hint = f"close: {close}" if close else "`python -m sparsedm reproduce list` shows them"
+        raise ValueError(f"unknown recipe {name!r}; {hint}")
     return RECIPES[name]
 
 

@@ -1,0 +1,23 @@
+"""The command line: `python -m sparsedm COMMAND --help`."""
+
+import typer
+
+from . import artefacts, experiments, training
+from .common import Stopped
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for group in (training, artefacts, experiments):
+    for command in group.COMMANDS:
+        app.command()(command)
+
+
+def main() -> None:
+    """Run the command; an error is one readable line and exit code 1, a run stopped by Ctrl-C has exit code 130."""
+    try:
+        app()
+    except Stopped as stopped:
+        typer.echo(str(stopped), err=True)
+        raise SystemExit(130) from stopped
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(1) from error

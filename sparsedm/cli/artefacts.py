@@ -1,0 +1,124 @@
+"""Commands that look at a model or carry it on: info, generate, evaluate, export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..models import zoo
+from .common import Data, Device, Json, Model, Seed, bars, on, outcome, show
+
+Sampler = Annotated[str, typer.Option(help="ddim, ddpm or dpm++.")]
+SampleSteps = Annotated[int, typer.Option(help="Sampling steps.")]
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; 0 is none.")]
+
+
+def info(model: Model, json: Json = False) -> None:
+    """What a model is: layers, verified patterns, MACs, bytes. Example: python -m sparsedm info glyphs-uvit-2x4"""
+    from .. import layers, macs, reporting
+
+    loaded, weights = zoo.load(model), zoo.weights_of(model)
+    counts, parameters = macs.count(loaded), sum(p.numel() for p in loaded.parameters())
+    found = {
+        "class": type(loaded).__name__, "parameters": parameters, "file": weights.name, "bytes": weights.stat().st_size,
+        "pruned": bool(getattr(loaded.config, "pruning", None)), "macs": {"dense": counts.dense, "sparse": counts.sparse},
+        "patterns": {name: str(pattern) for name, pattern in layers.patterns(loaded).items()},
+    }  # fmt: skip
+    pruned = ", pruned" if found["pruned"] else ""
+    line = f"{found['class']}{pruned}, {parameters:,} parameters, {weights.name}: {found['bytes']:,} bytes"
+    outcome(found, json, f"{line}\n\n{reporting.report(loaded)}")
+
+
+def generate(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The picture file to write.")],
+    n: Annotated[int, typer.Option(help="How many pictures.")] = 16,
+    word: Annotated[str, typer.Option(help="For letter models: a word to spell.")] = "",
+    label: Annotated[int | None, typer.Option(help="For models with classes: the class of all pictures.")] = None,
+    sampler: Sampler = "ddim",
+    steps: SampleSteps = 50,
+    guidance: Guidance = 0.0,
+    pack: Annotated[bool, typer.Option(help="Run N:M layers on their kernels.")] = True,
+    device: Device = "",
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Draw pictures. Example: python -m sparsedm generate glyphs-uvit-2x4 word.png --word SPARSE"""
+    import statistics
+
+    import torch
+
+    from .. import data, diffusion, layers, packed, plots
+
+    loaded = zoo.load(model).to(on(device))
+    if pack and layers.patterns(loaded):
+        packed.pack(loaded)
+    null = diffusion.null_label(loaded)
+    labels = data.word_labels(word) if word else None
+    n = n if labels is None else len(labels)
+    if labels is None and null is not None:
+        labels = torch.arange(n) % null if label is None else torch.full((n,), label)
+    states = []
+    with bars(json) as bar:
+        task = bar.add_task("sample", total=steps, note="")
+        noise = diffusion.start_noise(loaded, n, seed)
+        for state in diffusion.sample(loaded, noise, sampler=sampler, steps=steps, class_labels=labels, guidance=guidance):
+            states = [*states, state.seconds]
+            bar.update(task, completed=state.step, note=f"{state.seconds * 1e3:.0f} ms")
+    plots.picture(state.sample, columns=None if word else round(n**0.5) or 1).save(out)
+    median = statistics.median(states) * 1e3
+    found = {"picture": str(out), "n": n, "ms_per_step": median}
+    outcome(found, json, f"{out} written: {n} pictures, {steps} steps of {median:.1f} ms (median)")
+
+
+def evaluate(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="A folder for the pictures; a stopped run goes on.")],
+    data: Data = "glyphs",
+    n: Annotated[int, typer.Option(help="How many pictures.")] = 10_000,
+    sampler: Sampler = "ddim",
+    steps: SampleSteps = 50,
+    guidance: Guidance = 0.0,
+    precision: Annotated[str, typer.Option(help="bf16 (autocast) or fp32.")] = "fp32",
+    base: Annotated[str, typer.Option(help="A model to compare with, picture by picture, from the same noise (SSIM).")] = "",
+    inception: Annotated[str | None, typer.Option(help="Inception's weights, for FID on sets other than the glyphs.")] = None,
+    device: Device = "",
+    seed: Seed = 1234,
+    json: Json = False,
+) -> None:
+    """Score a model's pictures. Example: python -m sparsedm evaluate glyphs-uvit-2x4 scores --n 2048 --base glyphs-uvit"""
+    import json as json_module
+
+    from .. import evaluation
+    from ..recipes import Protocol
+
+    protocol = Protocol(n, sampler, steps, guidance, seed, precision=precision)
+    loaded = zoo.load(model).to(on(device))
+    images = show("model", evaluation.sample(loaded, out, protocol), json)
+    others = None
+    if base:
+        others = show("base", evaluation.sample(zoo.load(base).to(on(device)), out / "base", protocol), json)
+    scores = evaluation.score(images, evaluation.labels(loaded, n), data, others, inception)
+    (out / "scores.json").write_text(json_module.dumps(scores, indent=2) + "\n")
+    outcome(scores, json, "\n".join(f"{name:14} {value:.4g}" for name, value in scores.items()))
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to write, for onnx the file; an earlier one is replaced.")],
+    format: Annotated[
+        str, typer.Option(help="diffusers (a folder with the zeros in place), packed (a folder without them) or onnx.")
+    ] = "diffusers",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16 (folders only); packed: float16, else float32.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="A fixed batch size, for onnx; otherwise it is dynamic.")] = None,
+) -> None:
+    """Write a model for other programs. Example: python -m sparsedm export glyphs-unet-2x4 unet.onnx --format onnx"""
+    from .. import export as exporting
+
+    exporting.write(zoo.load(model), out, format, dtype, batch=batch)
+    print(f"{out} written, as {format}")
+
+
+COMMANDS = (info, generate, evaluate, export)

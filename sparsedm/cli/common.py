@@ -1,0 +1,125 @@
+"""What the commands share: options, progress bars, stopping."""
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from ..models import zoo
+
+Model = Annotated[str, typer.Argument(help="A bundled model's name or a model folder.")]
+Data = Annotated[str, typer.Option(help="glyphs, glyphs-rgb, digits, cifar10, celeba, lsun-..., folder:PATH or latents:PATH.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Another training setting, such as lr=1e-4 or optimizer=muon; may be repeated.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; the fastest there is by default.")]
+Seed = Annotated[int, typer.Option(help="Of every random draw.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the outcome as one line of JSON, and nothing else.")]
+
+
+class Stopped(Exception):
+    """A run that the user stopped; the message says how to go on."""
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[list]:
+    """Within it Ctrl-C only fills the list, so that a loop can end after a whole step; a second one stops at once."""
+    pressed = []
+
+    def note(signum, frame) -> None:
+        pressed.append(signum)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def settings(given: list[str] | None) -> dict:
+    """{"lr": 0.1} of ["lr=0.1"]. Raises ValueError for something else."""
+    found = {}
+    for setting in given or ():
+        key, equals, text = setting.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--set takes NAME=VALUE, not {setting!r}")
+        try:
+            found[key] = json.loads(text)
+        except json.JSONDecodeError:
+            found[key] = text
+    return found
+
+
+def bars(quiet: bool = False) -> Progress:
+    """Progress bars on standard error."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    return Progress(*columns, console=Console(stderr=True), disable=quiet)
+
+
+def show(title: str, states: Iterator, quiet: bool = False):
+    """A bar for every stage of a generator of `Progress`; returns what the generator returns."""
+    try:
+        state = next(states)  # what is refused is refused before there is a bar
+        with bars(quiet) as bar:
+            tasks = {}
+            while True:
+                if state.stage not in tasks:
+                    tasks[state.stage] = bar.add_task(f"{title}: {state.stage}", total=state.total, note="")
+                bar.update(tasks[state.stage], completed=state.done, note=state.note)
+                state = next(states)
+    except StopIteration as end:
+        return end.value
+
+
+def on(device: str) -> torch.device:
+    """The device called so, the fastest there is for "". Raises ValueError if it is not there."""
+    if not device:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def train_on(device: str) -> None:
+    """Let accelerate, which places models itself, train on this device."""
+    found = on(device)
+    if device and found.type == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    elif device and found.type == "cuda":
+        torch.cuda.set_device(found)
+
+
+def load_or_build(name: str, seed: int = 0) -> nn.Module:
+    """A bundled model, a model folder, or a paper's configuration with fresh weights."""
+    if name in zoo.PAPER_MODELS:
+        torch.manual_seed(seed)
+        return zoo.build(name)
+    return zoo.load(name)
+
+
+def outcome(found: dict, as_json: bool, text: str) -> None:
+    """Print what came out, for programs or for people."""
+    print(json.dumps(found) if as_json else text)
+
+
+def free(out: Path) -> Path:
+    """`out`, unless something is there."""
+    if out.exists():
+        raise ValueError(f"{out} is there already; choose another name or remove it")
+    return out

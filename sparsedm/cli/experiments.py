@@ -1,0 +1,124 @@
+"""Commands for the experiments: reproduce, compare, bench."""
+
+import functools
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Set, settings, show
+
+
+def reproduce(
+    name: Annotated[
+        str, typer.Argument(help="A recipe, such as glyphs-uvit-2x4, or several: 'glyphs-unet-short-*'; 'list' shows them all.")
+    ] = "",
+    all: Annotated[
+        bool, typer.Option("--all", help="All on the letter models, with all seeds; what is finished is not repeated.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder for checkpoints, pictures and results; a stopped run goes on from it.")
+    ] = Path("runs"),
+    n: Annotated[int | None, typer.Option(help="Pictures to score instead of the recipe's number.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of training and pictures; by default all of the recipe's, in turn.")] = None,
+    bundle: Annotated[bool, typer.Option(help="Copy model, card and results into the package.")] = False,
+    set_: Set = None,
+    inception: Annotated[str | None, typer.Option(help="Inception's weights, for FID on sets other than the glyphs.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Folder of the autoencoder, for latent models.")] = None,
+    reference: Annotated[str, typer.Option(help="Data set for FID instead of the training set, such as folder:PATH.")] = "",
+) -> None:
+    """Train, save and score experiments. Example: python -m sparsedm reproduce glyphs-uvit-2x4"""
+    from sparsedm import experiment, recipes
+
+    if name == "list":
+        for known in recipes.NAMES:
+            found = recipes.RECIPES.get(known)
+            print(f"{known:36} {found.suite + ': ' + found.title if found else 'scores the letters'}")
+        return
+    if bool(name) == all:
+        raise ValueError("name a recipe (reproduce list shows them), or ask for --all")
+    pool = recipes.LETTERS if all else recipes.NAMES
+    chosen = [recipe for recipe in pool if all or fnmatchcase(recipe, name)] or [name]
+    runs = [(number, recipe) for recipe in chosen for number in (recipes.seeds(recipe) if seed is None else (seed,))]
+    for number, recipe in sorted(runs, key=lambda run: run[0]):
+        run, protocol = recipes.run_name(recipe, number), recipes.protocol(recipe, n)
+        show(run, experiment.reproduce(recipe, out, protocol, bundle, number, inception, vae, reference, **settings(set_)))
+        print(f"results in {out / run / experiment.RESULTS_FILE}")
+
+
+def compare(
+    what: Annotated[str, typer.Option(help="headline, claims, a teacher's name (its short runs), or all.")] = "all",
+    figures: Annotated[Path | None, typer.Option(help="Also draw the figures into this folder.")] = None,
+    runs: Annotated[
+        Path, typer.Option(help="Folder that reproduce wrote, for the figure of pictures from the same noise.")
+    ] = Path("runs"),
+) -> None:
+    """Print the stored results as tables and draw them. Example: python -m sparsedm compare --figures figures"""
+    from sparsedm import claims, results
+
+    tables = {"headline": results.headline_table, "claims": claims.table}
+    tables |= {base: functools.partial(results.short_table, base) for base in results.bases()}
+    if what not in ("all", *tables):
+        raise ValueError(f"unknown table {what!r}; known: all, {', '.join(tables)}")
+    print("\n\n".join(make() for name, make in tables.items() if what in ("all", name)))
+    if figures:
+        from sparsedm.figures import draw
+
+        for base in results.bases():
+            for path in draw(base, figures, runs if runs.is_dir() else None):
+                print(path)
+
+
+def bench(
+    what: Annotated[
+        str,
+        typer.Option(
+            help="step (a sampling step, dense against packed), layers (single ones), methods (models made by recipes, against"
+            " their teacher), train-step, or masks."
+        ),
+    ] = "step",
+    models: Annotated[
+        str, typer.Option(help="For step: bundled models or the papers' configurations.")
+    ] = "glyphs-uvit,glyphs-unet",
+    batches: Annotated[str, typer.Option(help="For step: pictures at a time.")] = "1,4,16",
+    dtypes: Annotated[str, typer.Option(help="For all but train-step and masks: float32, bfloat16.")] = "float32",
+    threads: Annotated[str, typer.Option(help="Numbers of threads; one and all by default (all for methods).")] = "",
+    compile: Annotated[bool, typer.Option(help="For step: torch.compile both sides, too.")] = True,
+    runs: Annotated[Path, typer.Option(help="For methods: the folder that reproduce wrote.")] = Path("runs"),
+    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file, and draw them beside it.")] = None,
+) -> None:
+    """Measure this machine: what packing gains, what masks cost. Example: python -m sparsedm bench --what layers"""
+    from sparsedm import bench as training
+    from sparsedm import results, speed
+
+    names, kinds, counts = models.split(","), dtypes.split(","), [int(n) for n in threads.split(",") if n]
+    if what == "layers":
+        rows = speed.measure_layers(kinds, counts)
+    elif what == "step":
+        rows = speed.measure_steps(names, [int(n) for n in batches.split(",")], kinds, counts, compile)
+    elif what == "methods":
+        rows = speed.measure_methods(runs, results.timed_recipes(), dtypes=kinds, threads=counts)
+    elif what in ("train-step", "masks"):
+        rows = None
+        result = training.train_step() if what == "train-step" else training.masks()
+    else:
+        raise ValueError(f"unknown benchmark {what!r}; known: step, layers, methods, train-step, masks")
+    if rows is not None:
+        result = {**speed.machine(), "rows": []}
+        for row in rows:
+            result["rows"].append(row)
+            print(speed.line(row), flush=True)
+    text = json.dumps(result, indent=1)
+    if rows is None:
+        print(text)
+    if output:
+        output.write_text(text + "\n")
+        if rows is not None:
+            from sparsedm import plots
+
+            plots.speed(result).savefig(output.with_suffix(".png"), dpi=150)
+
+
+COMMANDS = (reproduce, compare, bench)

@@ -1,0 +1,126 @@
+"""The commands that make models, run as a user runs them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sparsedm import cli, layers
+from sparsedm.models import zoo
+from sparsedm.models.uvit import UViTModel
+
+QUICK = ("--data", "digits", "--steps", "4", "--batch-size", "4", "--set", "checkpoint_every=2")
+
+
+def start(*arguments) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sparsedm", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ask(*arguments) -> dict:
+    """The outcome of a command as JSON."""
+    result = CliRunner().invoke(cli.app, [*map(str, arguments), "--json"], catch_exceptions=False)
+    return json.loads(result.stdout)
+
+
+def refusal(monkeypatch, capsys, *arguments) -> str:
+    """The one line with which a command refuses."""
+    monkeypatch.setattr(sys, "argv", ["sparsedm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[-1]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    torch.manual_seed(0)
+    model = UViTModel(sample_size=8, in_channels=1, embed_dim=16, depth=2, num_heads=2, num_classes=11)
+    zoo.save(model, tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_a_model_is_trained_pruned_made_sparse_and_drawn(tiny, tmp_path):
+    trained = ask("train", tiny, tmp_path / "trained", *QUICK)
+    assert trained["loss"] > 0 and zoo.load(trained["model"]).config.num_classes == 11
+    student = ask("finetune", trained["model"], tmp_path / "student", *QUICK, "--set", "teacher_weight=0.5")
+    assert set(map(str, layers.patterns(zoo.load(student["model"])).values())) == {"2:4"}
+    smaller = ask("prune", trained["model"], tmp_path / "pruned", "--ratio", 0.5, "--data", "digits", "--n", 4)
+    assert 0.4 < smaller["macs_share"] < 0.7
+    both = ask("finetune", trained["model"], tmp_path / "both", "--student", smaller["model"], *QUICK)
+    told = ask("info", both["model"])
+    assert told["pruned"] and told["macs"]["sparse"] < 0.7 * told["macs"]["dense"] and set(told["patterns"].values()) == {"2:4"}
+    packed = ask("sparsify", trained["model"], tmp_path / "packed", "--packed", "--pattern", "1:4")
+    assert ask("info", packed["model"])["file"] == "packed.safetensors"
+    drawn = ask("generate", packed["model"], tmp_path / "some.png", "--n", 4, "--steps", 3)
+    assert (tmp_path / "some.png").stat().st_size > 100 and drawn["ms_per_step"] > 0
+    scores = ask("evaluate", student["model"], tmp_path / "s", "--data", "digits", "--n", 6, "--steps", 2, "--base", tiny)
+    assert scores["n"] == 6 and -1 <= scores["ssim_to_base"] <= 1
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resume_takes_up(tiny, tmp_path, monkeypatch, capsys):
+    long = ("--data", "digits", "--batch-size", "4", "--set", "checkpoint_every=100000", "--steps", "400")
+    whole = ask("train", tiny, tmp_path / "whole", *long)
+    process = start("train", tiny, tmp_path / "out", *long)
+    log = tmp_path / "out" / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "go on with the same command and --resume" in err
+    assert "holds a run; go on with it by --resume" in refusal(monkeypatch, capsys, "train", tiny, tmp_path / "out", *long)
+    resumed = ask("train", tiny, tmp_path / "out", *long, "--resume")
+    a, b = (zoo.load(found["model"]).state_dict() for found in (whole, resumed))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 400
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, monkeypatch, capsys):
+    first = start(
+        "train",
+        tiny,
+        tmp_path / "out",
+        "--data",
+        "digits",
+        "--steps",
+        "100000",
+        "--batch-size",
+        "4",
+        "--set",
+        "checkpoint_every=1",
+    )
+    try:
+        while not (tmp_path / "out" / "train" / "checkpoint.pt").exists() and first.poll() is None:
+            time.sleep(0.02)
+        assert "is in use by another run" in refusal(monkeypatch, capsys, "train", tiny, tmp_path / "out", *QUICK)
+    finally:
+        first.kill()
+        first.communicate()
+    message = refusal(monkeypatch, capsys, "train", tiny, tmp_path / "out", *QUICK)
+    assert "holds a run; go on with it" in message  # its checkpoint; a dead process has no claim
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "nothing", "{}/o"), "unknown model 'nothing'"),
+        (("train", "{}/tiny", "{}/o", "--set", "lr"), "--set takes NAME=VALUE, not 'lr'"),
+        (("train", "{}/tiny", "{}/o", "--data", "nothing"), "nothing"),
+        (("train", "{}/tiny", "{}/o", "--data", "digits", "--set", "learning=1"), "learning"),
+        (("train", "{}/tiny", "{}/o", "--resume"), "holds no run to resume"),
+        (("train", "{}/tiny", "{}/o", "--device", "abacus"), "device 'abacus' is not there"),
+        (("prune", "{}/tiny", "{}/tiny"), "is there already"),
+        (("finetune", "{}/tiny", "{}/o", "--pattern", "4:2"), "4:2"),
+        (("sparsify", "{}/tiny", "{}/o", "--exclude", "nope.*"), "'nope.*' matches no layer"),
+        (("evaluate", "{}/tiny", "{}/o", "--precision", "int8"), "precision is 'bf16' or 'fp32'"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tiny, tmp_path, monkeypatch, capsys):
+    assert message in refusal(monkeypatch, capsys, *(str(a).format(tmp_path) for a in arguments))
