@@ -4,10 +4,15 @@ Two scores are told apart only if they differ by more than the seeds do: by more
 as a share of the mean) that three seeds of one method show on the same teacher.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-from . import results
+from . import layers, macs, results
+from .models.uvit import UViTModel
+from .recipes import Recipe
 from .results import Row
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
@@ -43,26 +48,39 @@ class Evidence:
             raise KeyError("several seeds of a method")
         return max(spreads)
 
-    def compare(self, a: Row, b: Row) -> int:
-        """-1 if `a` has the lower FD-glyph, 1 if `b` has, 0 if the seeds do not allow to tell."""
-        if abs(a.fd - b.fd) <= self.noise * (a.fd + b.fd) / 2:
+    def compare(self, a: float, b: float) -> int:
+        """-1 if FD-glyph `a` is the lower one, 1 if `b` is, 0 if the seeds do not allow to tell."""
+        if abs(a - b) <= self.noise * (a + b) / 2:
             return 0
-        return -1 if a.fd < b.fd else 1
+        return -1 if a < b else 1
 
     def better(self, a: str, others: Iterable[str]) -> Verdict:
         """Whether a short run is better than every one of the others."""
         row, rivals = self.short[a], [self.short[name] for name in others]
-        outcomes = [self.compare(row, rival) for rival in rivals]
+        outcomes = [self.compare(row.fd, rival.fd) for rival in rivals]
         word = FAILS if 1 in outcomes else HOLDS if all(outcome == -1 for outcome in outcomes) else OPEN
         return Verdict(word, f"{row.fd:.2f} against " + ", ".join(f"{r.fd:.2f} ({r.recipe.method})" for r in rivals))
 
 
 def _half(key: str) -> Callable[[Evidence], Verdict]:
     def judge(found: Evidence) -> Verdict:
-        share = found.long[key].macs / found.long["teacher"].macs
-        return Verdict(HOLDS if share <= HALF else FAILS, f"{share:.0%} of the MACs, attention included")
+        row, teacher = found.long[key], found.long["teacher"]
+        products = [each.runs[0]["macs"]["attention"] for each in (row, teacher)]
+        share, layers_alone = row.macs / teacher.macs, (row.macs - products[0]) / (teacher.macs - products[1])
+        figures = f"{share:.0%} of the MACs, {layers_alone:.0%} without attention's products"
+        if row.recipe.pattern and teacher.recipe.model[0] is UViTModel:
+            figures += f"; {_skips_dense(teacher.recipe, row.recipe.pattern) / teacher.macs:.0%} with skip_linear dense"
+        return Verdict(HOLDS if share <= HALF else FAILS, figures)
 
     return judge
+
+
+def _skips_dense(teacher: Recipe, pattern: str) -> int:
+    """MACs of a U-ViT whose skip_linear layers are left out, as in the paper's quality experiments."""
+    cls, config = teacher.model
+    exclude = (*layers.DEFAULT_EXCLUDE[cls.__name__], "*.skip_linear")
+    present = [glob for glob in exclude if any(fnmatchcase(name, glob) for name, _ in layers.weight_layers(cls(**config)))]
+    return macs.count(layers.sparsify(cls(**config), pattern, exclude=present)).sparse
 
 
 def _kept(key: str) -> Callable[[Evidence], Verdict]:
@@ -70,7 +88,7 @@ def _kept(key: str) -> Callable[[Evidence], Verdict]:
 
     def judge(found: Evidence) -> Verdict:
         row, teacher, rival = (found.long[name] for name in (key, "teacher", "more"))
-        word = FAILS if row.fd > TOLERANCE * teacher.fd else HOLDS if found.compare(row, rival) < 1 else FAILS
+        word = FAILS if row.fd > TOLERANCE * teacher.fd else HOLDS if found.compare(row.fd, rival.fd) < 1 else FAILS
         return Verdict(word, f"{row.fd:.2f}; teacher {teacher.fd:.2f}, dense with the same extra training {rival.fd:.2f}")
 
     return judge
@@ -82,12 +100,32 @@ def _better(a: str, *others: str) -> Callable[[Evidence], Verdict]:
 
 def _faster(key: str) -> Callable[[Evidence], Verdict]:
     def judge(found: Evidence) -> Verdict:
-        speedup = found.short[key].speedup
-        if speedup is None:
-            raise KeyError(key)
+        speedup = _speedup(found.short[key])
         return Verdict(HOLDS if speedup >= FASTER else FAILS, f"{speedup:.2f} times faster, 16 pictures, 2 CPU cores")
 
     return judge
+
+
+def _equal_time(found: Evidence) -> Verdict:
+    """2:4 against pruned models of the same measured time: FD-glyph between those of two widths, on a logarithmic scale."""
+    row = found.short["2x4"]
+    widths = [(1.0, found.short["more"].fd)]
+    for key in ("diffpruned-most", "diffpruned", "diffpruned-quarter"):
+        widths.append((1 / _speedup(found.short[key]), found.short[key].fd))
+    time = 1 / _speedup(row)
+    between = [pair for pair in itertools.pairwise(sorted(widths)) if pair[0][0] <= time <= pair[1][0]]
+    if not between:
+        return Verdict(OPEN, f"no pruned model is as fast ({time:.2f} of the dense time)")
+    (t0, fd0), (t1, fd1) = between[0]
+    pruned = math.exp(math.log(fd0) + (time - t0) / (t1 - t0) * (math.log(fd1) - math.log(fd0)))
+    word = {-1: HOLDS, 0: OPEN, 1: FAILS}[found.compare(row.fd, pruned)]
+    return Verdict(word, f"{row.fd:.2f} against {pruned:.2f} at {time:.0%} of the dense time")
+
+
+def _speedup(row: Row) -> float:
+    if row.speedup is None:
+        raise KeyError(f"time of {row.name}")
+    return row.speedup
 
 
 def _cheap(found: Evidence) -> Verdict:
@@ -101,7 +139,7 @@ def _cheap(found: Evidence) -> Verdict:
 def _thresholds(found: Evidence) -> Verdict:
     keys = ("threshold-0.02", "diffpruned", "threshold-0.2")
     best, taylor = min((found.short[key] for key in keys), key=lambda row: row.fd), found.short["taylor"]
-    word = {-1: HOLDS, 0: OPEN, 1: FAILS}[found.compare(best, taylor)]
+    word = {-1: HOLDS, 0: OPEN, 1: FAILS}[found.compare(best.fd, taylor.fd)]
     sweep = ", ".join(f"{found.short[key].fd:.2f} ({found.short[key].recipe.prune['threshold']:g})" for key in keys)
     return Verdict(word, f"{taylor.fd:.2f} with all timesteps, {sweep}")
 
@@ -118,6 +156,7 @@ CLAIMS = (
     ("SparseDM", "... at the same quality", _kept("2x4")),
     ("SparseDM", "better than other methods at half the MACs",
      _better("2x4", "diffpruned", "magnitude", "2x4-asp", "2x4-ste", "2x4-srste")),
+    ("SparseDM", "better than Diff-Pruning at equal measured time", _equal_time),
     ("SparseDM", "the teacher's term helps", _better("2x4", "2x4-srste")),
     ("SparseDM", "a fixed 2:4 beats progressive patterns", _better("2x4", "2x4-progressive")),
     ("SparseDM", "it runs faster", _faster("2x4")),

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sparsedm import bench, results, speed
+from sparsedm import bench, claims, results, speed
 
 ROOT = Path(__file__).parent.parent
-README, SPEED = ((ROOT / name).read_text() for name in ("README.md", "docs/speed.md"))
+README, SPEED, COMPARISON = ((ROOT / name).read_text() for name in ("README.md", "docs/speed.md", "docs/comparison.md"))
 
 
 def section(name: str, page: str = README) -> str:
@@ -17,6 +17,15 @@ def section(name: str, page: str = README) -> str:
 
 def test_results_table_is_the_stored_one():
     assert section("results") == results.headline_table()
+
+
+def test_verdicts_are_those_of_the_stored_results():
+    assert section("claims") == claims.table()
+
+
+@pytest.mark.parametrize("base", results.bases())
+def test_short_runs_are_the_stored_ones(base):
+    assert section(f"short {base}", COMPARISON) == results.short_table(base)
 
 
 @pytest.mark.parametrize(
