@@ -6,8 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import nn
+
+from . import denoisers
+from .denoisers import Inputs, each, null_label
 
 SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm++": DPMSolverMultistepScheduler}
 _EXTRA = {"dpm++": {"algorithm_type": "dpmsolver++", "solver_order": 2}}
@@ -36,8 +46,40 @@ def make_scheduler(name: str, source: nn.Module | SchedulerMixin | dict | None =
     return SAMPLERS[name].from_config({"clip_sample": True, **known, **_EXTRA.get(name, {})})
 
 
+def training_scheduler(model: nn.Module) -> SchedulerMixin:
+    """The forward process that `model` is trained on: DDPM's, or rectified flow for the classes made for it (SD3, Flux).
+
+    Either with the numbers of the model's own config, if it has a `noise_schedule`.
+    """
+    if not denoisers.of(model).flow:
+        return make_scheduler("ddpm", model)
+    return FlowMatchEulerDiscreteScheduler.from_config(getattr(model.config, "noise_schedule", None) or {})
+
+
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether the forward process is rectified flow, x_t = (1 - sigma) x_0 + sigma noise."""
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def draw_timesteps(scheduler: SchedulerMixin, n: int) -> torch.Tensor:
+    """Random timesteps [n] for training: uniform; for rectified flow logit-normal, as SD3 (arXiv 2403.03206, section 3.1)."""
+    steps = scheduler.config.num_train_timesteps
+    if not is_flow(scheduler):
+        return torch.randint(steps, (n,))
+    u = compute_density_for_timestep_sampling("logit_normal", n, logit_mean=0.0, logit_std=1.0)
+    return scheduler.timesteps[(u * steps).long().clamp(max=steps - 1)]
+
+
+def add_noise(scheduler: SchedulerMixin, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x_t [B, C, H, W] for pictures x0 and noise [B, C, H, W] at timesteps t [B]."""
+    return scheduler.scale_noise(x0, t, noise) if is_flow(scheduler) else scheduler.add_noise(x0, noise, t)
+
+
 def target(scheduler: SchedulerMixin, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """What the network is trained to predict, [B, C, H, W]: the noise, the velocity or the picture."""
+    """What the network is trained to predict, [B, C, H, W]: the noise, the velocity or the picture; for rectified flow
+    noise - picture."""
+    if is_flow(scheduler):
+        return noise - x0
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return noise
@@ -60,13 +102,6 @@ def predict_x0(scheduler: SchedulerMixin, output: torch.Tensor, t: torch.Tensor,
     else:
         x0 = output
     return x0.clamp(-1, 1)
-
-
-def null_label(model: nn.Module) -> int | None:
-    """The label that means "no class" (the last of the table), or None for an unconditional model."""
-    config = model.config
-    classes = getattr(config, "num_classes", None) or getattr(config, "num_class_embeds", None)
-    return None if classes is None else classes - 1
 
 
 @dataclass
@@ -100,6 +135,8 @@ def sample(
     sampler: str | SchedulerMixin = "ddim",
     steps: int = 50,
     class_labels: torch.Tensor | None = None,
+    conditioning: Inputs | None = None,
+    negative: Inputs | None = None,
     guidance: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Iterator[SampleState]:
@@ -108,33 +145,34 @@ def sample(
     Args:
         sampler: a name from `SAMPLERS`, on the model's own noise schedule, or a diffusers scheduler.
         class_labels: [B]; None lets a conditional model draw without a class.
+        conditioning: what else the model takes, such as {"encoder_hidden_states": [B, tokens, dim]}.
+        negative: the same for the uncond of guidance (the empty text), as far as it differs.
         guidance: classifier-free guidance g in cond + g * (cond - uncond); 0 does no second evaluation.
         generator: for samplers that add noise (ddpm).
 
     Raises:
-        ValueError: guidance for a model without classes, or steps out of range.
+        ValueError: guidance for a model without classes, steps out of range, no `conditioning` for a model that takes text, or
+            a model that predicts a flow.
     """
+    if denoisers.of(model).flow:
+        raise ValueError(f"{type(model).__name__} predicts a flow; sample it with its diffusers pipeline")
+    denoisers.require(model, ("class_labels", *(conditioning or {})), "pass it in conditioning={...}")
     scheduler = make_scheduler(sampler, model) if isinstance(sampler, str) else sampler
-    null = null_label(model)
     train_steps = scheduler.config.num_train_timesteps
     if not 1 <= steps <= train_steps:
         raise ValueError(f"steps must be in 1..{train_steps}, not {steps}")
-    if null is None and (guidance or class_labels is not None):
-        raise ValueError("this model has no classes: leave class_labels out and guidance at 0")
+    if null_label(model) is None and (class_labels is not None or (guidance and negative is None)):
+        raise ValueError("this model has no classes: leave class_labels out and guidance at 0, or give negative={...}")
     parameter = next(model.parameters())
     x = noise.to(parameter.device, parameter.dtype) * scheduler.init_noise_sigma
-    if null is not None:
-        labels = torch.full((len(x),), null) if class_labels is None else class_labels
-        labels = labels.to(x.device)
-    guided = guidance != 0 and class_labels is not None
+    guided = guidance != 0 and (class_labels is not None or negative is not None)
+    given, without = _conditionings(model, class_labels, conditioning, negative, x)
+    arguments = _joined(given, without) if guided else given
     scheduler.set_timesteps(steps)
     for step, t in enumerate(scheduler.timesteps.tolist(), 1):
         model_input = scheduler.scale_model_input(x, t)
-        kwargs = {}
-        if null is not None:
-            kwargs["class_labels"] = torch.cat([labels, torch.full_like(labels, null)]) if guided else labels
         with torch.no_grad():
-            seconds, output = _timed_call(model, torch.cat([model_input] * 2) if guided else model_input, t, kwargs)
+            seconds, output = _timed_call(model, torch.cat([model_input] * 2) if guided else model_input, t, arguments)
             if guided:
                 cond, uncond = output.chunk(2)
                 output = cond + guidance * (cond - uncond)
@@ -144,11 +182,26 @@ def sample(
         yield SampleState(step, steps, int(t), x, x0, seconds)
 
 
-def _timed_call(model: nn.Module, x: torch.Tensor, t: int, kwargs: dict) -> tuple[float, torch.Tensor]:
+def _conditionings(model, class_labels, conditioning, negative, x: torch.Tensor) -> tuple[Inputs, Inputs]:
+    """What conditions the calls for x [B, C, H, W], and what their unconditional halves."""
+    given, null = dict(conditioning or {}), null_label(model)
+    without = {**given, **(negative or {})}
+    if null is not None:
+        nothing = torch.full((len(x),), null)
+        given["class_labels"], without["class_labels"] = nothing if class_labels is None else class_labels, nothing
+    return each(lambda y: y.to(x.device), given), each(lambda y: y.to(x.device), without)
+
+
+def _joined(a: Inputs, b: Inputs) -> Inputs:
+    """Both batches in one."""
+    return {k: _joined(v, b[k]) if isinstance(v, dict) else torch.cat([v, b[k]]) for k, v in a.items()}
+
+
+def _timed_call(model: nn.Module, x: torch.Tensor, t: int, kwargs: Inputs) -> tuple[float, torch.Tensor]:
     synchronize = torch.cuda.synchronize if x.is_cuda else (lambda: None)
     synchronize()
     start = time.perf_counter()
-    output = model(x, torch.tensor(t, device=x.device), **kwargs).sample
+    output = denoisers.of(model).predict(model, x, torch.tensor(t, device=x.device), kwargs)[:, : x.shape[1]]
     synchronize()
     return time.perf_counter() - start, output
 

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import SchedulerMixin
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import data as data_module
-from . import diffusion, layers
+from . import denoisers, diffusion, layers
+from .denoisers import Denoiser, Inputs, each
 from .files import replacing
 
 CHECKPOINT = "checkpoint.pt"
@@ -128,15 +130,18 @@ def finetune(student: nn.Module, teacher: nn.Module | None, data: str | Dataset,
     eval mode and gets no gradient. When the generator is exhausted, `student` holds the EMA weights, in eval mode.
 
     Args:
-        data: a data set or its name (`sparsedm.data.NAMES`).
-        scheduler: a diffusers scheduler with the noise schedule and prediction type; by default that in the
-            student's config (`noise_schedule`), else DDPM's linear one with noise prediction.
+        data: a data set or its name (`sparsedm.data.NAMES`). Items are (picture, label), or (picture, dict of the arguments
+            that condition the model), such as {"encoder_hidden_states": [tokens, dim]}. Labels are dropped with `p_uncond`,
+            a dict is taken as it is. The pictures of latent models are latents.
+        scheduler: a diffusers scheduler with the noise schedule and prediction type; by default that in the student's
+            config (`noise_schedule`), else DDPM's linear one with noise prediction; rectified flow for SD3 and Flux.
         out: a folder for checkpoints; a run that finds its own checkpoint there goes on from it. One is written, too, when the
             generator is closed.
         **options: the fields of `TrainConfig`; `steps` is required.
 
     Raises:
-        ValueError: a bad option, or a checkpoint in `out` that belongs to a run with other settings.
+        ValueError: a bad option, a checkpoint in `out` that belongs to a run with other settings, data without what the model
+            needs, or a model that predicts a variance and has no teacher for it.
         FloatingPointError: the loss is not finite (names the step; the last checkpoint stays).
     """
     return _run(student, teacher, data, **options)
@@ -153,23 +158,24 @@ def _run(
 ) -> Iterator[TrainState]:
     config = TrainConfig.of(options)
     dataset = data_module.load(data)
-    scheduler = scheduler or diffusion.make_scheduler("ddpm", model)
+    scheduler = scheduler or diffusion.training_scheduler(model)
+    _check_trainable(model, teacher, scheduler, config)
     for _, pattern in config.pattern_schedule:
         layers.set_pattern(model, pattern)  # all of them fit, or none is trained
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    training = _Training(model.train(), config, accelerator)
+    training = _Training(_train_mode(model), config, accelerator)
     checkpoint = Path(out, CHECKPOINT) if out else None
     start = training.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
     if teacher is not None:
         teacher.to(accelerator.device).eval()
-    draw = _StepDraw(diffusion.null_label(model), scheduler, config, accelerator)
+    draw, denoiser = _StepDraw(model, scheduler, config, accelerator), denoisers.of(model)
     batches = data_module.StepSampler(len(dataset), config.batch_size, config.seed, start, config.steps)
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=config.workers, generator=torch.Generator())
     for step, (images, labels) in enumerate(loader, start + 1):
         began = time.perf_counter()
         _apply_pattern(model, config.pattern_schedule, step - 1)
         with draw.random_stream(step - 1), accelerator.autocast():
-            terms = _losses(training.prepared, teacher, scheduler, *draw(images, labels))
+            terms = _losses(denoiser, training.prepared, teacher, scheduler, *draw(images, labels))
         loss = config.noise_weight * terms["noise"] + config.teacher_weight * terms.get("teacher", 0)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower lr, or resume from {checkpoint}")
@@ -186,6 +192,22 @@ def _run(
     _apply_pattern(model, config.pattern_schedule, config.steps)
     training.ema.copy_to(model.parameters())
     model.eval()
+
+
+def _check_trainable(model: nn.Module, teacher: nn.Module | None, scheduler: SchedulerMixin, config: TrainConfig) -> None:
+    name = type(model).__name__
+    if denoisers.of(model).flow and not diffusion.is_flow(scheduler):
+        raise ValueError(f"{name} predicts a flow; pass a FlowMatchEulerDiscreteScheduler, not a {type(scheduler).__name__}")
+    if denoisers.predicts_variance(model) and (teacher is None or not config.teacher_weight):
+        raise ValueError(f"{name} predicts a variance, too, which only a teacher can train here; use finetune with one")
+
+
+def _train_mode(model: nn.Module) -> nn.Module:
+    model.train()
+    for module in model.modules():
+        if isinstance(module, LabelEmbedding):  # else each block of a DiT drops other labels, and the teacher none
+            module.eval()
+    return model
 
 
 class _Training:
@@ -267,8 +289,9 @@ class _StepDraw:
     Drawn for the global batch and then cut to this process's share, so the number of processes does not matter.
     """
 
-    def __init__(self, null: int | None, scheduler: SchedulerMixin, config: TrainConfig, accelerator: Accelerator):
-        self.null, self.scheduler, self.config, self.accelerator = null, scheduler, config, accelerator
+    def __init__(self, model: nn.Module, scheduler: SchedulerMixin, config: TrainConfig, accelerator: Accelerator):
+        self.model, self.scheduler, self.config, self.accelerator = model, scheduler, config, accelerator
+        self.null = diffusion.null_label(model)
 
     @contextlib.contextmanager
     def random_stream(self, step: int) -> Iterator[None]:
@@ -277,27 +300,38 @@ class _StepDraw:
             torch.manual_seed((self.config.seed * 1_000_003 + step) * 997)
             yield
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor | Inputs) -> tuple[torch.Tensor, ...]:
+        """Pictures, noise, timesteps and what conditions the model, all with the batch first."""
         n = len(images)
         if self.config.flip:
-            images = torch.where(torch.rand(n)[:, None, None, None] < 0.5, images.flip(-1), images)
-        if self.null is not None:
-            labels = torch.where(torch.rand(n) < self.config.p_uncond, self.null, labels)
-        t = torch.randint(self.scheduler.config.num_train_timesteps, (n,))
+            flipped = torch.rand(n).view(-1, *[1] * (images.dim() - 1)) < 0.5
+            images = torch.where(flipped, images.flip(-1), images)
+        conditioning = self._conditioning(labels, n)
+        t = diffusion.draw_timesteps(self.scheduler, n)
         noise = torch.randn(images.shape)
         share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         device = self.accelerator.device
-        images, noise, t, labels = (x[share].to(device) for x in (images, noise, t, labels))
-        return images, noise, t, None if self.null is None else labels
+        images, noise, t = (x[share].to(device) for x in (images, noise, t))
+        return images, noise, t, each(lambda x: x[share].to(device), conditioning)
+
+    def _conditioning(self, labels: torch.Tensor | Inputs, n: int) -> Inputs:
+        if isinstance(labels, Mapping):
+            found = labels
+        elif self.null is not None:
+            found = {"class_labels": torch.where(torch.rand(n) < self.config.p_uncond, self.null, labels)}
+        else:
+            found = {}
+        denoisers.require(self.model, found, "let the data set yield (picture, {argument: value, ...})")
+        return found
 
 
-def _losses(model, teacher, scheduler, images, noise, t, labels) -> dict[str, torch.Tensor]:
-    noisy = scheduler.add_noise(images, noise, t)
-    kwargs = {} if labels is None else {"class_labels": labels}
-    output = model(noisy, t, **kwargs).sample
-    terms = {"noise": F.mse_loss(output.float(), diffusion.target(scheduler, images, noise, t).float())}
+def _losses(denoiser: Denoiser, model, teacher, scheduler, images, noise, t, conditioning: Inputs) -> dict[str, torch.Tensor]:
+    noisy = diffusion.add_noise(scheduler, images, noise, t)
+    output = denoiser.predict(model, noisy, t, conditioning).float()
+    mean = output[:, : images.shape[1]]  # the rest is a variance, for which there is the teacher
+    terms = {"noise": F.mse_loss(mean, diffusion.target(scheduler, images, noise, t).float())}
     if teacher is not None:
         with torch.no_grad():
-            expected = teacher(noisy, t, **kwargs).sample
-        terms["teacher"] = F.mse_loss(output.float(), expected.float())
+            expected = denoiser.predict(teacher, noisy, t, conditioning)
+        terms["teacher"] = F.mse_loss(output, expected.float())
     return terms

@@ -20,10 +20,23 @@ from .nm import NMPattern
 SR_STE_DECAY = 2e-4
 DECAY_MODES = ("gradient", "decoupled")
 
-# Layers that the papers leave dense, by class name of the model. Layers that cannot be grouped stay dense anyway.
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers that are listed and counted
+
+# As SparseDM's U-ViT: the linear layers of the blocks are sparse. Patches and pixels have too few channels to spare; embeddings
+# of time and text, and the modulations (adaLN) made of them, steer every token and run once a picture, so they cost no time.
+_TRANSFORMER = (
+    "pos_embed.*", "x_embedder", "context_embedder", "caption_projection.*", "time_text_embed.*", "adaln_single.*",
+    "*.norm1.*", "*.norm1_context.*", "*.norm.linear", "norm_out.*", "proj_out*",
+)  # fmt: skip
+_UNET = ("conv_in", "conv_out")
+
+# Layers left dense by default, by class name of the model. Layers that cannot be grouped stay dense anyway.
 DEFAULT_EXCLUDE = {
     "UViTModel": ("patch_embed.*", "context_embed", "decoder_pred", "final_layer"),  # SparseDM 4: block linears and skip_linear
-    "UNet2DModel": ("conv_in", "conv_out"),
+    **dict.fromkeys(("UNet2DModel", "UNet2DConditionModel", "UNet3DConditionModel"), _UNET),
+    **dict.fromkeys(
+        ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"), _TRANSFORMER
+    ),
 }
 
 
@@ -96,9 +109,25 @@ def nm_layers(model: nn.Module) -> Iterator[tuple[str, NMLinear | NMConv2d]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, _NMLayer))
 
 
-def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    """Names and modules of all linear and 2-D convolution layers, sparse or not."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of all linear and convolution layers, sparse or not."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, WEIGHTED))
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise ValueError if an adapter (LoRA) stands where a layer of the model's class should be."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            remedy = "merge it into the weights and unload it first (diffusers: fuse_lora, unload_lora_weights)"
+            raise ValueError(f"{name} is wrapped by an adapter ({type(module).__name__}); {remedy}")
+
+
+def refuse_fused(model: nn.Module) -> None:
+    """Raise ValueError if fused projections, which are copies, stand beside the layers of the model's class."""
+    for name, module in model.named_modules():
+        if getattr(module, "fused_projections", False):
+            remedy = "load the model anew, and call fuse_qkv_projections at the end, on the folded model"
+            raise ValueError(f"{name} has fused projections beside its own; {remedy}")
 
 
 def sparsify(
@@ -126,8 +155,11 @@ def sparsify(
     Layers that stay dense carry the reason, see `sparsedm.report`.
 
     Raises:
-        ValueError: bad pattern or mode, a glob that matches no layer, or no layer that fits the pattern.
+        ValueError: bad pattern or mode, a glob that matches no layer, no layer that fits the pattern, or a model with adapters
+            or fused projections.
     """
+    refuse_adapters(model)
+    refuse_fused(model)
     pattern = NMPattern.parse(pattern)
     overrides = {glob: NMPattern.parse(p) for glob, p in (overrides or {}).items()}
     if decay_mode not in DECAY_MODES:
@@ -220,7 +252,12 @@ def fold(model: nn.Module) -> nn.Module:
     """Back to plain layers with the masks written into the weights as exact zeros, in place. Returns the model.
 
     The outputs do not change by a bit. Training on needs the dense master weights: fold a `copy.deepcopy` to keep them.
+
+    Raises:
+        ValueError: projections that were fused from the dense master weights, and have no masks.
     """
+    if any(True for _ in nm_layers(model)):
+        refuse_fused(model)
     return _leave(model, keep_mask=True)
 
 

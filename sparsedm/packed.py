@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import dryrun, kernels, layers, nm, packing, semi_structured, tuning
+from .denoisers import Inputs, each, example_inputs
 from .nm import NMPattern
 from .semi_structured import SemiStructuredLayer
 
@@ -105,7 +106,7 @@ class PackedConv2d(_PackedLayer):
         return layers.with_weights(conv, self.dense_weight(), self.bias)
 
 
-def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: dict[str, torch.Tensor] | None = None) -> nn.Module:
+def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: Inputs | None = None) -> nn.Module:
     """Pack layers of `model` in place; returns the model, folded and in eval mode.
 
     Args:
@@ -137,15 +138,15 @@ def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: dic
             layer.times = found
             _replace(model, name, layer)
     if auto and any(map(is_packed, model.modules())):
-        _unpack_if_slower(model, plain, _batched(inputs, batch) if inputs else dryrun.example_inputs(model, batch))
+        _unpack_if_slower(model, plain, _batched(inputs, batch) if inputs else example_inputs(model, batch))
     if any(map(is_packed, model.modules())) and hasattr(model, "save_pretrained"):
         model.save_pretrained = functools.partial(_save_unpacked, model)
     return model
 
 
-def _batched(inputs: dict[str, torch.Tensor], batch: int) -> dict[str, torch.Tensor]:
+def _batched(inputs: Inputs, batch: int) -> Inputs:
     """The inputs of one picture, `batch` times."""
-    return {k: v.expand(batch, *v.shape[1:]) if v.dim() and v.shape[0] == 1 else v for k, v in inputs.items()}
+    return each(lambda x: x.expand(batch, *x.shape[1:]) if x.dim() and x.shape[0] == 1 else x, inputs)
 
 
 def _save_unpacked(self: nn.Module, save_directory, **kwargs) -> None:
@@ -153,7 +154,7 @@ def _save_unpacked(self: nn.Module, save_directory, **kwargs) -> None:
     unpack(copy.deepcopy(self)).save_pretrained(save_directory, **kwargs)
 
 
-def _unpack_if_slower(model: nn.Module, plain: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+def _unpack_if_slower(model: nn.Module, plain: nn.Module, inputs: Inputs) -> None:
     """Layers that win alone may lose together: caches are cold within a model, and small layers cost overhead."""
     names = {name: str(module.pattern) for name, module in model.named_modules() if is_packed(module)}
     shapes = [(name, tuple(p.shape), p.dtype) for name, p in plain.named_parameters()]
@@ -161,7 +162,7 @@ def _unpack_if_slower(model: nn.Module, plain: nn.Module, inputs: dict[str, torc
         type(model).__name__,
         *{str(p.device) for p in plain.parameters()},
         zlib.crc32(repr((shapes, names)).encode()),
-        *((k, tuple(v.shape)) for k, v in inputs.items()),
+        *each(lambda x: tuple(x.shape), inputs).items(),
     )
     found = tuning.times(key, lambda: {"dense": lambda: plain(**inputs), "packed": lambda: model(**inputs)}, rounds=7)
     if found.gain < WHOLE_FASTER:

@@ -8,7 +8,7 @@ from torch import nn
 
 from . import macs as macs_module
 from . import nm
-from .layers import DEFAULT_EXCLUDE, NMConv2d, NMLinear, patterns, why_dense
+from .layers import DEFAULT_EXCLUDE, WEIGHTED, NMConv2d, NMLinear, patterns, why_dense
 from .packed import is_packed
 
 
@@ -30,7 +30,7 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of all linear and 2-D convolution layers; prints as a table, in notebooks as HTML."""
+    """Rows of all linear and convolution layers; prints as a table, in notebooks as HTML."""
 
     rows: tuple[LayerRow, ...]
     dense_macs: int | None
@@ -68,7 +68,7 @@ class Report:
 
 
 def report(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> Report:
-    """The state of every linear and 2-D convolution layer of `model`.
+    """The state of every linear and convolution layer of `model`.
 
     Folded layers are found by their weights, which are verified to be N:M. `inputs` are those of one call with batch size
     1, needed for MACs of models whose config does not tell them.
@@ -79,7 +79,7 @@ def report(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> R
     except ValueError:
         if inputs is not None:
             raise
-    shown = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) or is_packed(m)]
+    shown = [(n, m) for n, m in model.named_modules() if isinstance(m, WEIGHTED) or is_packed(m)]
     found = patterns(model) | {name: module.pattern for name, module in shown if is_packed(module)}
     pattern = next(iter(found.values()), None)  # what the dense layers could have had
     rows = tuple(_row(name, module, found.get(name), counts, _note(model, name, module, pattern)) for name, module in shown)

@@ -41,7 +41,7 @@ def measure_layers(
 ) -> Iterator[dict]:
     """Times of single 2:4 layers with random weights, one row each."""
     for count, name in itertools.product(threads or all_threads(), dtypes):
-        with _threads(count):
+        with with_threads(count):
             for layer, x in _layers(getattr(torch, name)):
                 packed_layer = packed.packed_layer(layer, "2:4")
                 variants = {**_dense_variants(layer, (x,)), "packed": packed_layer}
@@ -81,13 +81,15 @@ def measure_steps(
 ) -> Iterator[dict]:
     """Times of one sampling step, one row per model, batch, dtype and number of threads.
 
-    Bundled models are compared with their 2:4 student; the papers' configurations get random weights, one-shot masked, which
-    take the same time.
+    Bundled models are compared with their 2:4 student, and with the pruned one; the papers' configurations get random weights,
+    one-shot masked, which take the same time.
     """
     for name, dtype, count, batch in itertools.product(models, dtypes, threads or all_threads(), batches):
-        with _threads(count):
-            dense, fast = _pair(name, getattr(torch, dtype), batch)
-            yield {"threads": count, "dtype": dtype, **_step(f"{name}, batch {batch}", dense, fast, batch, compiled, rounds)}
+        with with_threads(count):
+            dense, fast = pair(name, getattr(torch, dtype), batch)
+            pruned = _pruned(name, getattr(torch, dtype))
+            step = _step(f"{name}, batch {batch}", {"dense": dense, "packed": fast, **pruned}, batch, compiled, rounds)
+            yield {"threads": count, "dtype": dtype, **step}
             torch.compiler.reset()
 
 
@@ -111,39 +113,48 @@ def measure_methods(
         folder = Path(runs, name, "model")
         if not folder.is_dir():
             raise ValueError(f"{folder} is not there; make it with: python -m sparsedm reproduce {name} --out {runs}")
-        with _threads(count):
-            dense = zoo.load(recipe(name).base).to(getattr(torch, dtype))
-            fast = zoo.load(folder).to(getattr(torch, dtype))
+        with with_threads(count):
+            dense = _as(zoo.load(recipe(name).base), getattr(torch, dtype))
+            fast = _as(zoo.load(folder), getattr(torch, dtype))
             fast = packed.pack(fast, batch=batch) if recipe(name).pattern else fast
-            yield {
-                "name": name,
-                "dtype": dtype,
-                "threads": count,
-                **_step(f"{name}, batch {batch}", dense, fast, batch, True, rounds),
-            }
+            step = _step(f"{name}, batch {batch}", {"dense": dense, "packed": fast}, batch, True, rounds)
+            yield {"name": name, "dtype": dtype, "threads": count, **step}
             torch.compiler.reset()
 
 
-def _step(what: str, dense: nn.Module, fast: nn.Module, batch: int, compiled: bool, rounds: int) -> dict:
-    inputs = _random(dryrun.example_inputs(dense, batch))
-    variants = {**_dense_variants(dense, tuple(inputs.values())), **_formats("packed", fast)}
-    if compiled:
-        variants |= {f"{key}, compiled": torch.compile(variants[key]) for key in ("dense", "packed")}
+def _step(what: str, models: Mapping[str, nn.Module], batch: int, compiled: bool, rounds: int) -> dict:
+    dense, fast = models["dense"], models["packed"]
+    inputs = randomised(dryrun.example_inputs(dense, batch))
+    variants = _dense_variants(dense, tuple(inputs.values()))
+    for name, model in models.items():
+        variants |= _formats(name, model)
+        if compiled:
+            variants[f"{name}, compiled"] = torch.compile(model)
     row = _row(variants, lambda model: model(**inputs), rounds)
     skipped = 1 - macs.count(fast).executed / macs.count(dense).dense
     return {"what": what, **row, "macs_skipped": skipped, "weight_bytes": _bytes(fast) / _bytes(dense)}
 
 
-def _pair(name: str, dtype: torch.dtype, batch: int) -> tuple[nn.Module, nn.Module]:
+def _pruned(name: str, dtype: torch.dtype) -> dict[str, nn.Module]:
+    return {"pruned": _as(zoo.load(f"{name}-diffpruned"), dtype)} if f"{name}-diffpruned" in zoo.bundled() else {}
+
+
+def pair(name: str, dtype: torch.dtype, batch: int) -> tuple[nn.Module, nn.Module]:
+    """A bundled or a paper's model, dense and packed at 2:4."""
     if name in zoo.bundled():
-        dense, sparse = zoo.load(name).to(dtype), zoo.load(f"{name}-2x4").to(dtype)
+        dense, sparse = _as(zoo.load(name), dtype), _as(zoo.load(f"{name}-2x4"), dtype)
     else:
-        dense = zoo.build(name).to(dtype)
+        dense = _as(zoo.build(name), dtype)
         sparse = layers.fold(layers.sparsify(copy.deepcopy(dense), "2:4"))
     return dense, packed.pack(sparse, batch=batch)
 
 
-def _random(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in `dtype`, without the warning that diffusers' own `to` gives."""
+    return nn.Module.to(model, dtype)
+
+
+def randomised(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Numbers instead of zeros, whose products some processors compute faster."""
     return {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in inputs.items()}
 
@@ -174,9 +185,7 @@ def _row(variants: Mapping[str, nn.Module], call, rounds: int) -> dict:
     """
     with torch.no_grad():
         timings = latency.interleaved({name: lambda m=model: call(m) for name, model in variants.items()}, rounds=rounds)
-    packed_names = [name for name in timings if name.startswith("packed")]
-    dense_names = [name for name in timings if name not in packed_names and name != ONEDNN]
-    dense, fast = (min(names, key=lambda name: timings[name].median) for names in (dense_names, packed_names))
+    dense, fast, pruned = (_fastest(timings, kind) for kind in ("dense", "packed", "pruned"))
     return {
         "ms": {name: timing.median * 1e3 for name, timing in timings.items()},
         "quartiles": {name: [seconds * 1e3 for seconds in timing.spread] for name, timing in timings.items()},
@@ -184,7 +193,14 @@ def _row(variants: Mapping[str, nn.Module], call, rounds: int) -> dict:
         "fastest_packed": fast,
         "speedup": latency.ratio(timings, dense, fast),
         "speedup_over_onednn": latency.ratio(timings, ONEDNN, fast) if ONEDNN in timings else None,
+        "fastest_pruned": pruned,
+        "speedup_pruned": latency.ratio(timings, dense, pruned) if pruned else None,
     }
+
+
+def _fastest(timings: Mapping[str, latency.Timing], kind: str) -> str | None:
+    names = [name for name in timings if name.startswith(kind) and name != ONEDNN]
+    return min(names, key=lambda name: timings[name].median, default=None)
 
 
 def _bytes(model: nn.Module) -> int:
@@ -192,7 +208,7 @@ def _bytes(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
+def with_threads(count: int) -> Iterator[None]:
     """So many threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -203,15 +219,18 @@ def _threads(count: int) -> Iterator[None]:
 
 
 HEAD = ("", "dtype", "threads", "dense ms", "oneDNN ms", "packed ms", "speed-up", "over oneDNN")
+PRUNED_HEAD = ("pruned ms", "speed-up")
 
 
 def line(row: Mapping) -> str:
     """One row of `words`."""
     ms, over = row["ms"], row["speedup_over_onednn"]
-    cells = (
+    cells = [
         row["what"], row["dtype"], row["threads"], _named(ms, row["fastest_dense"]), f"{ms[ONEDNN]:.2f}" if over else "",
         _named(ms, row["fastest_packed"]), f"**{row['speedup']:.2f}x**", f"{over:.2f}x" if over else "",
-    )  # fmt: skip
+    ]  # fmt: skip
+    if row.get("fastest_pruned"):
+        cells += [_named(ms, row["fastest_pruned"]), f"{row['speedup_pruned']:.2f}x"]
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -221,4 +240,6 @@ def _named(ms: Mapping[str, float], variant: str) -> str:
 
 def words(result: Mapping) -> str:
     """The outcome as a Markdown table."""
-    return "\n".join([f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|", *map(line, result["rows"])])
+    pruned = any(row.get("fastest_pruned") for row in result["rows"])
+    head = [*HEAD, *(PRUNED_HEAD if pruned else ())]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(line, result["rows"])])

@@ -8,7 +8,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from sparsedm import bench, cli, kernels, speed
+from sparsedm import bench, cli, kernels, shares, speed
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -26,7 +26,7 @@ def test_info_shows_layers_patterns_and_macs():
     [
         (("info", "nothing"), "error: unknown model 'nothing'; bundled: glyph-classifier, glyphs-"),
         (("reproduce", "nothing"), "error: unknown recipe 'nothing'; `python -m sparsedm reproduce list` shows"),
-        (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: step, layers, methods, train-step"),
+        (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: step, layers, methods, shares"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_1(arguments, message):
@@ -68,6 +68,12 @@ def test_step_benchmark_compares_dense_and_packed():
     assert row["ms"][row["fastest_dense"]] == min(row["ms"]["dense"], row["ms"]["dense, channels last"])
     assert 0 <= row["macs_skipped"] < 0.5 and 0.5 < row["weight_bytes"] <= 1
     assert "glyphs-uvit, batch 2" in speed.words({"rows": rows})
+
+
+def test_shares_of_a_step_add_up():
+    (row,) = json.loads(json.dumps(list(shares.measure(("glyphs-unet",), 2, threads=(1,), rounds=2))))
+    assert sum(row["shares"].values()) == pytest.approx(1, abs=0.2) and all(0 < share < 1 for share in row["shares"].values())
+    assert "glyphs-unet, batch 2" in shares.words({"rows": [row]})
 
 
 @pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")

@@ -515,6 +515,37 @@ def test_address_sanitizer_finds_nothing_in_this_file(tmp_path):
     caught = _with_kernels(SANITIZER, tmp_path, ("-c", _READ_TOO_FAR), **changes)
     assert caught.stdout == "within bounds\n" and caught.returncode, caught.stderr[-4000:]
     assert "heap-buffer-overflow" in caught.stderr and build.SOURCE.name in caught.stderr
-    rest = "not sanitizer and not compile and not torchs and not narrower and not stacks"
+    rest = "not sanitizer and not compile and not torchs and not narrower and not stacks and not memory"
     clean = _with_kernels(SANITIZER, tmp_path, (*_PYTEST, rest), **changes)
     assert not clean.returncode and "skipped" not in clean.stdout, (clean.stdout + clean.stderr)[-8000:]
+
+
+_SHORT_OF_MEMORY = """
+import resource, torch
+from sparsedm import nm, packed
+conv = torch.nn.Conv2d(64, 8, 3, padding=1).requires_grad_(False)
+conv.weight.copy_(nm.masked(conv.weight, nm.mask(conv.weight, "2:4")))
+fast = packed.packed_layer(conv.eval(), "2:4")
+small, large = torch.randn(1, 64, 8, 8), torch.zeros(1, 64, 1600, 1600)
+expected = fast(small)
+pages = int(open("/proc/self/statm").read().split()[0])
+used, output, padded = pages * resource.getpagesize(), 8 * 1600**2 * 4, 64 * 1602**2 * 4
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + output + padded // 2, limits[1]))
+try:
+    fast(large)
+except MemoryError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, limits)
+print(torch.equal(fast(small), expected))
+print(fast(large).shape)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and RLIMIT_AS")
+def test_too_little_memory_is_an_error_and_not_the_end():
+    done = subprocess.run([sys.executable, "-c", _SHORT_OF_MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, same, whole = done.stdout.splitlines()
+    assert "could not allocate its panels for x [1, 64, 1600, 1600]" in first
+    assert same == "True" and whole == "torch.Size([1, 8, 1600, 1600])"

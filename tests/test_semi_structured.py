@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sparsedm
-from sparsedm import dryrun, layers, nm, packed, semi_structured
+from sparsedm import dryrun, layers, macs, nm, packed, semi_structured
 
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -42,6 +42,13 @@ def test_computes_as_the_plain_layer_and_unpacks_to_it(stand_in, layer, shape, b
     assert fast(x.to("meta")).shape == plain(x).shape
     for back in (fast.plain(), copy.deepcopy(fast).plain()):
         assert type(back) is type(plain) and all(torch.equal(v, back.state_dict()[k]) for k, v in plain.state_dict().items())
+
+
+def test_macs_of_compressed_linear_layers_are_those_of_the_plain_ones(stand_in):
+    plain = sparse(nn.Linear(64, 32))
+    inputs = {"input": torch.zeros(1, 5, 64, dtype=torch.bfloat16)}
+    fast = nn.Sequential(semi_structured.SemiStructuredLayer(plain, "2:4"))
+    assert macs.count(fast, inputs).dense == macs.count(nn.Sequential(plain), inputs).dense == 5 * 64 * 32
 
 
 @pytest.mark.parametrize(

@@ -76,22 +76,22 @@ def bench(
         str,
         typer.Option(
             help="step (a sampling step, dense against packed), layers (single ones), methods (models made by recipes, against"
-            " their teacher), train-step, or masks."
+            " their teacher), shares (where a packed step's time goes), train-step, or masks."
         ),
     ] = "step",
     models: Annotated[
-        str, typer.Option(help="For step: bundled models or the papers' configurations.")
+        str, typer.Option(help="For step and shares: bundled models or the papers' configurations.")
     ] = "glyphs-uvit,glyphs-unet",
     batches: Annotated[str, typer.Option(help="For step: pictures at a time.")] = "1,4,16",
     dtypes: Annotated[str, typer.Option(help="For all but train-step and masks: float32, bfloat16.")] = "float32",
-    threads: Annotated[str, typer.Option(help="Numbers of threads; one and all by default (all for methods).")] = "",
+    threads: Annotated[str, typer.Option(help="Numbers of threads; one and all by default (all for methods and shares).")] = "",
     compile: Annotated[bool, typer.Option(help="For step: torch.compile both sides, too.")] = True,
     runs: Annotated[Path, typer.Option(help="For methods: the folder that reproduce wrote.")] = Path("runs"),
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file, and draw them beside it.")] = None,
 ) -> None:
     """Measure this machine: what packing gains, what masks cost. Example: python -m sparsedm bench --what layers"""
     from sparsedm import bench as training
-    from sparsedm import results, speed
+    from sparsedm import results, shares, speed
 
     names, kinds, counts = models.split(","), dtypes.split(","), [int(n) for n in threads.split(",") if n]
     if what == "layers":
@@ -100,22 +100,24 @@ def bench(
         rows = speed.measure_steps(names, [int(n) for n in batches.split(",")], kinds, counts, compile)
     elif what == "methods":
         rows = speed.measure_methods(runs, results.timed_recipes(), dtypes=kinds, threads=counts)
+    elif what == "shares":
+        rows = shares.measure(names, dtypes=kinds, threads=counts)
     elif what in ("train-step", "masks"):
         rows = None
         result = training.train_step() if what == "train-step" else training.masks()
     else:
-        raise ValueError(f"unknown benchmark {what!r}; known: step, layers, methods, train-step, masks")
+        raise ValueError(f"unknown benchmark {what!r}; known: step, layers, methods, shares, train-step, masks")
     if rows is not None:
         result = {**speed.machine(), "rows": []}
         for row in rows:
             result["rows"].append(row)
-            print(speed.line(row), flush=True)
+            print((shares if what == "shares" else speed).line(row), flush=True)
     text = json.dumps(result, indent=1)
     if rows is None:
         print(text)
     if output:
         output.write_text(text + "\n")
-        if rows is not None:
+        if rows is not None and what != "shares":
             from sparsedm import plots
 
             plots.speed(result).savefig(output.with_suffix(".png"), dpi=150)

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,15 +40,23 @@ def _uvit(size: int, patch: int, channels: int, dim: int, depth: int, heads: int
     }  # fmt: skip
 
 
-def _ddpm(size: int, multipliers: tuple[int, ...], attention_level: int) -> dict:
-    """The DDPM UNet (Ho et al. 2020) in diffusers' terms: 128 channels, attention at one level and in the middle."""
-    levels = range(len(multipliers))
+DDPM_GROUPS = 32
+
+
+def ddpm_config(size: int, widths: tuple[int, ...], attention: Collection[int], blocks: int = 2) -> dict:
+    """The DDPM UNet (Ho et al. 2020) in diffusers' terms; `attention` at these levels, 0 the finest, and in the middle."""
+    levels = range(len(widths))
     return {
-        "sample_size": size, "block_out_channels": tuple(128 * m for m in multipliers), "layers_per_block": 2,
-        "down_block_types": tuple("AttnDownBlock2D" if i == attention_level else "DownBlock2D" for i in levels),
-        "up_block_types": tuple("AttnUpBlock2D" if i == attention_level else "UpBlock2D" for i in reversed(levels)),
+        "sample_size": size, "block_out_channels": widths, "layers_per_block": blocks,
+        "down_block_types": tuple("AttnDownBlock2D" if i in attention else "DownBlock2D" for i in levels),
+        "up_block_types": tuple("AttnUpBlock2D" if i in attention else "UpBlock2D" for i in reversed(levels)),
         "attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6,
+        "norm_num_groups": DDPM_GROUPS,
     }  # fmt: skip
+
+
+def _ddpm(size: int, multipliers: tuple[int, ...], attention_level: int) -> dict:
+    return ddpm_config(size, tuple(128 * m for m in multipliers), (attention_level,))
 
 
 # SparseDM's UNet for CIFAR-10 (its repository, configs): 112 channels, attention at 4x4 and 2x2, 4 heads, scale and shift.
@@ -112,15 +120,13 @@ def load(name_or_folder: str | Path) -> ModelMixin:
         FileNotFoundError: the folder has no config or no weights.
     """
     folder = _folder_of(name_or_folder)
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     schedule, pruning = config.pop("noise_schedule", None), config.pop("pruning", None)
     model = _class_of(config, folder).from_config(config)
     if pruning:
         structure.apply(model, pruning)
     _load_weights(model, weights_of(folder))
-    pipeline_schedule = folder.parent / "scheduler" / "scheduler_config.json"
-    if schedule is None and pipeline_schedule.exists():
-        schedule = _read_json(pipeline_schedule)
+    schedule = pipeline_schedule(folder) if schedule is None else schedule
     if schedule is not None:
         model.register_to_config(noise_schedule=schedule)
     return model.eval()
@@ -132,7 +138,8 @@ def _folder_of(name_or_folder: str | Path) -> Path:
         folder = Path(name_or_folder)
     if not folder.is_dir():
         raise ValueError(f"unknown model {str(name_or_folder)!r}; bundled: {', '.join(bundled())}; or give a folder")
-    return folder / "unet" if (folder / "unet" / CONFIG).exists() else folder  # a pipeline's
+    parts = (folder / part for part in ("unet", "transformer"))  # of a pipeline
+    return next((part for part in parts if (part / CONFIG).exists()), folder)
 
 
 def weights_of(name_or_folder: str | Path) -> Path:
@@ -149,7 +156,13 @@ def save(
     Weights are written as `dtype`, or as they are; those of sparse-training layers are folded, those of
     packed layers unpacked; the model is not touched.
     With `packed` the N:M sparse ones are written without their zeros (packing.py), else as diffusers does.
+
+    Raises:
+        ValueError: `folder` holds other things, or the model has adapters or fused projections, which `load` cannot rebuild.
+        OSError: it cannot be written; an earlier folder stays.
     """
+    layers.refuse_adapters(model)
+    layers.refuse_fused(model)
     _check_replaceable(Path(folder))
     if any(True for _ in layers.nm_layers(model)):
         model = layers.folded(model)
@@ -186,7 +199,14 @@ def _worth_packing(model: ModelMixin, weights: Mapping[str, torch.Tensor]) -> di
     return {k: p for k, p in found.items() if p.density * (bits[k] + packing.position_bits(p)) < bits[k]}
 
 
-def _read_json(path: Path) -> dict:
+def pipeline_schedule(part: Path) -> dict | None:
+    """The scheduler's config of the pipeline that `part` is a folder of, or None."""
+    path = part.parent / "scheduler" / "scheduler_config.json"
+    return read_json(path) if path.exists() else None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file of a model folder. Raises ValueError or FileNotFoundError, with the path."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; a model folder holds {CONFIG} and {WEIGHTS}")
     try:

@@ -1,0 +1,215 @@
+"""How each class of diffusers denoiser is called: its noisy picture, what conditions it, what it predicts.
+
+Classes that are not in the table are called like UNet2DModel.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+Inputs = dict[str, Any]  # keyword arguments of a call: tensors, and dicts of tensors (added_cond_kwargs)
+Zeros = Callable[..., torch.Tensor]  # zeros(*shape): [B, *shape] in the dtype and on the device of the model
+
+# Tokens of text that the classes' pipelines give them by default.
+CLIP_TOKENS, PIXART_TOKENS, SD3_TOKENS, FLUX_TOKENS = 77, 120, 333, 512
+FLUX_SIDE = 128  # of the latents in FluxPipeline (pictures of 1024x1024), which its config does not tell
+
+
+class Denoiser:
+    """UNets and U-ViT, unconditional, with class labels or (U-ViT) with text: `model(sample, timestep, **conditioning)`."""
+
+    picture = "sample"  # the argument that takes the noisy picture
+    flow = False  # whether it predicts noise - picture (rectified flow)
+
+    def shape(self, model: nn.Module) -> tuple[int, ...]:
+        """The shape of one picture. Raises ValueError if the config does not tell it."""
+        channels, size = _picture_config(model)
+        return (channels, size, size) if isinstance(size, int) else (channels, *size)
+
+    def null_label(self, model: nn.Module) -> int | None:
+        """As the function."""
+        classes = getattr(model.config, "num_classes", None) or getattr(model.config, "num_class_embeds", None)
+        return None if classes is None else classes - 1
+
+    def conditioning(self, model: nn.Module, zeros: Zeros) -> Inputs:
+        """The further arguments that the data must bring. Raises ValueError if the config does not tell them."""
+        found = {} if self.null_label(model) is None else {"class_labels": zeros().long()}
+        if getattr(model.config, "context_dim", None):
+            found["encoder_hidden_states"] = zeros(model.config.context_tokens, model.config.context_dim)
+        return found
+
+    def inputs(self, model: nn.Module, zeros: Zeros) -> Inputs:
+        """All arguments of a call."""
+        return {self.picture: zeros(*self.shape(model)), "timestep": zeros().long(), **self.conditioning(model, zeros)}
+
+    def predict(self, model: nn.Module, x: torch.Tensor, t: torch.Tensor, conditioning: Inputs) -> torch.Tensor:
+        """What `model` (or a wrapper around it) predicts for pictures x [B, C, H, W] at t, a number or [B].
+
+        [B, C, H, W]; models that also predict a variance give [B, 2 C, H, W].
+        """
+        return _tensor(model(x, t, **conditioning))
+
+
+class _TextUNet(Denoiser):
+    """UNet2DConditionModel as in Stable Diffusion 1 and 2 (text) and SDXL (text, its pooled form, sizes)."""
+
+    def conditioning(self, model: nn.Module, zeros: Zeros) -> Inputs:
+        config, dim = model.config, model.config.cross_attention_dim
+        kinds = {key: getattr(config, key, None) for key in ("encoder_hid_dim_type", "class_embed_type", "addition_embed_type")}
+        other = [f"{key} {kind!r}" for key, kind in kinds.items() if kind and (key, kind) != ("addition_embed_type", "text_time")]
+        if other:
+            raise ValueError(f"{type(model).__name__} with {', '.join(other)} is not known here; pass inputs={{...}}")
+        found = {"encoder_hidden_states": zeros(CLIP_TOKENS, dim if isinstance(dim, int) else dim[0])}
+        if kinds["addition_embed_type"]:
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            found["added_cond_kwargs"] = {"text_embeds": zeros(pooled), "time_ids": zeros(6)}
+        return found | super().conditioning(model, zeros)
+
+
+class _VideoUNet(_TextUNet):
+    def shape(self, model: nn.Module) -> tuple[int, ...]:
+        raise ValueError(f"the config of {type(model).__name__} does not tell the number of frames; pass inputs={{...}}")
+
+
+class _AudioUNet(Denoiser):
+    def shape(self, model: nn.Module) -> tuple[int, ...]:
+        return _picture_config(model)
+
+
+class _Transformer(Denoiser):
+    """They call the picture `hidden_states`, order their other arguments each in its way, and want t [B]."""
+
+    picture = "hidden_states"
+
+    def predict(self, model: nn.Module, x: torch.Tensor, t: torch.Tensor, conditioning: Inputs) -> torch.Tensor:
+        return _tensor(model(x, timestep=t.expand(len(x)), **conditioning))
+
+
+class _DiT(_Transformer):
+    def null_label(self, model: nn.Module) -> int | None:
+        return model.config.num_embeds_ada_norm  # its table has one row more
+
+
+class _PixArt(_Transformer):
+    def conditioning(self, model: nn.Module, zeros: Zeros) -> Inputs:
+        dim = model.config.caption_channels or model.config.cross_attention_dim
+        found = {"encoder_hidden_states": zeros(PIXART_TOKENS, dim)}
+        if model.use_additional_conditions:
+            found["added_cond_kwargs"] = {"resolution": zeros(2), "aspect_ratio": zeros(1)}
+        return found
+
+
+class _SD3(_Transformer):
+    flow = True
+    tokens = SD3_TOKENS
+
+    def conditioning(self, model: nn.Module, zeros: Zeros) -> Inputs:
+        text = zeros(self.tokens, model.config.joint_attention_dim)
+        return {"encoder_hidden_states": text, "pooled_projections": zeros(model.config.pooled_projection_dim)}
+
+
+class _Flux(_SD3):
+    """FluxTransformer2DModel takes 2x2 patches of the latents as tokens, where they are, and t in 0..1."""
+
+    tokens = FLUX_TOKENS
+
+    def shape(self, model: nn.Module) -> tuple[int, ...]:
+        return (model.config.in_channels // 4, FLUX_SIDE, FLUX_SIDE)
+
+    def conditioning(self, model: nn.Module, zeros: Zeros) -> Inputs:
+        guidance = {"guidance": zeros()} if model.config.guidance_embeds else {}
+        return super().conditioning(model, zeros) | guidance
+
+    def inputs(self, model: nn.Module, zeros: Zeros) -> Inputs:
+        found = super().inputs(model, zeros)
+        positions = self._positions(found["hidden_states"], found["encoder_hidden_states"])
+        return found | {"hidden_states": self._patches(found["hidden_states"]), "timestep": zeros()} | positions
+
+    def predict(self, model: nn.Module, x: torch.Tensor, t: torch.Tensor, conditioning: Inputs) -> torch.Tensor:
+        positions = self._positions(x, conditioning["encoder_hidden_states"])
+        y = super().predict(model, self._patches(x), t / 1000, conditioning | positions)
+        height, width = x.shape[-2] // 2, x.shape[-1] // 2
+        return y.unflatten(1, (height, width)).unflatten(-1, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+    @staticmethod
+    def _patches(x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] to tokens [B, (H/2)(W/2), 4 C], channel slowest."""
+        x = x.unflatten(-1, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, H/2, 2, W/2, 2]
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    @staticmethod
+    def _positions(x: torch.Tensor, text: torch.Tensor) -> Inputs:
+        rows, columns = (torch.arange(size // 2).to(x) for size in x.shape[-2:])
+        grid = torch.cartesian_prod(torch.zeros(1).to(x), rows, columns)
+        return {"img_ids": grid, "txt_ids": x.new_zeros(text.shape[1], 3)}
+
+
+_KINDS = {
+    "UNet1DModel": _AudioUNet(),
+    "UNet2DConditionModel": _TextUNet(),
+    "UNet3DConditionModel": _VideoUNet(),
+    "DiTTransformer2DModel": _DiT(),
+    "PixArtTransformer2DModel": _PixArt(),
+    "SD3Transformer2DModel": _SD3(),
+    "FluxTransformer2DModel": _Flux(),
+}
+
+
+def of(model: nn.Module) -> Denoiser:
+    """How `model` is called, by its class or the nearest parent class that is known; compiled or not."""
+    classes = type(getattr(model, "_orig_mod", model)).__mro__
+    return next((_KINDS[cls.__name__] for cls in classes if cls.__name__ in _KINDS), Denoiser())
+
+
+def example_inputs(model: nn.Module, batch: int = 1) -> Inputs:
+    """Zeros as `model` takes them, in its dtype and on its device: the keyword arguments of one call for `batch` pictures.
+
+    Raises:
+        ValueError: the config does not tell their shapes.
+    """
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    return of(model).inputs(model, lambda *shape: like.new_zeros(batch, *shape))
+
+
+def require(model: nn.Module, given: Collection[str], remedy: str) -> None:
+    """Raise ValueError, with `remedy`, unless all that conditions `model` is among the arguments `given`."""
+    try:
+        needed = of(model).conditioning(model, lambda *shape: torch.empty(shape, device="meta"))
+    except ValueError:
+        return  # an unknown layout: the caller knows better
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise ValueError(f"{type(model).__name__} needs {', '.join(missing)}; {remedy}")
+
+
+def null_label(model: nn.Module) -> int | None:
+    """The label that means "no class" (the last of the table), or None for a model without labels."""
+    return of(model).null_label(model)
+
+
+def predicts_variance(model: nn.Module) -> bool:
+    """Whether `model` predicts a variance beside the noise, in as many channels more."""
+    return getattr(model.config, "out_channels", None) == 2 * getattr(model.config, "in_channels", 0)
+
+
+def each(function: Callable[[torch.Tensor], Any], inputs: Any) -> Any:
+    """`inputs` with `function` applied to every tensor in it, those in nested dicts, too."""
+    if isinstance(inputs, Mapping):
+        return {name: each(function, value) for name, value in inputs.items()}
+    return function(inputs) if isinstance(inputs, torch.Tensor) else inputs
+
+
+def _picture_config(model: nn.Module) -> tuple[int, int | tuple[int, int]]:
+    config = getattr(model, "config", None)
+    size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
+    if size is None or channels is None:
+        raise ValueError(f"{type(model).__name__} has no config.sample_size and in_channels; pass inputs={{...}}")
+    return channels, size
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    """The prediction in what a model returns: an output object, a tuple or a tensor."""
+    output = getattr(output, "sample", output)
+    return output[0] if isinstance(output, tuple) else output

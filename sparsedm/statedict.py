@@ -1,0 +1,82 @@
+"""State dicts in files of other programs: read as tensors only, and filled into a model by name and shape."""
+
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from safetensors.torch import load_file
+
+State = dict[str, torch.Tensor]
+
+
+def read(path: str | Path) -> State:
+    """The state dict in a file of torch.save or safetensors, in float32.
+
+    Of a training checkpoint (a list, as the DDIM code saves it) it is the averaged weights, or else the raw ones.
+
+    Raises:
+        ValueError: the file holds pickled code, or is no state dict.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        safe = str(path).endswith(".safetensors")
+        content = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load and safetensors have many
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            remedy = "save its state_dict() with the program that made it"
+            raise ValueError(f"{path} holds pickled code ({code[1]}), which is not run here; {remedy}") from error
+        reason = "no pickle of tensors" if isinstance(error, pickle.UnpicklingError) else str(error).strip().split("\n")[0][:100]
+        raise ValueError(f"{path} is not a checkpoint that can be read as tensors ({reason})") from error
+    if isinstance(content, (list, tuple)) and content:
+        content = content[-1] if _is_state(content[-1]) else content[0]
+    if not _is_state(content):
+        raise ValueError(f"{path} holds no state dict, but a {type(content).__name__}")
+    parallel = all(name.startswith("module.") for name in content)  # nn.DataParallel
+    return {name.removeprefix("module.") if parallel else name: value.float() for name, value in content.items()}
+
+
+def _is_state(content) -> bool:
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(x, torch.Tensor) for x in content.values())
+
+
+def shape(state: State, name: str, axes: int, path: str | Path) -> tuple[int, ...]:
+    """The shape of a tensor with so many axes. Raises ValueError, with the file and the name, if there is none."""
+    if name not in state:
+        raise ValueError(f"{path}: {name} is missing")
+    if state[name].dim() != axes:
+        raise ValueError(f"{path}: {name} has shape {list(state[name].shape)}, not {axes} axes")
+    return tuple(state[name].shape)
+
+
+def count(state: State, pattern: str) -> int:
+    """One more than the largest number that `pattern` finds at the start of a name; 0 if there is none."""
+    return max((int(match[1]) + 1 for match in map(re.compile(pattern).match, state) if match), default=0)
+
+
+def fill(model: ModelMixin, state: State, path: str | Path, official: Callable[[str], str] = str) -> ModelMixin:
+    """Load `state`, in which the tensors are called `official(name)`, into `model`; 1x1 convolutions may become linear.
+
+    Raises:
+        ValueError: a tensor that is missing, unexpected or of another shape, by the name it has in the file.
+    """
+    taken, rest = {}, dict(state)
+    for name, value in model.state_dict().items():
+        theirs = official(name)
+        if theirs not in rest:
+            raise ValueError(f"{path}: {theirs} is missing")
+        tensor = rest.pop(theirs)
+        if tensor.shape == (*value.shape, 1, 1):
+            tensor = tensor.flatten(1)
+        if tensor.shape != value.shape:
+            raise ValueError(f"{path}: {theirs} has shape {list(tensor.shape)}, not {list(value.shape)}")
+        taken[name] = tensor
+    if rest:
+        raise ValueError(f"{path}: {', '.join(list(rest)[:3])} is not of {type(model).__name__}")
+    model.load_state_dict(taken)
+    return model.eval()
