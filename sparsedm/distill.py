@@ -132,7 +132,8 @@ def finetune(student: nn.Module, teacher: nn.Module | None, data: str | Dataset,
     Args:
         data: a data set or its name (`sparsedm.data.NAMES`). Items are (picture, label), or (picture, dict of the arguments
             that condition the model), such as {"encoder_hidden_states": [tokens, dim]}. Labels are dropped with `p_uncond`,
-            a dict is taken as it is. The pictures of latent models are latents.
+            and so are entries of the dict for which the data set's attribute `null`, a dict, has another value. The pictures of
+            latent models are latents.
         scheduler: a diffusers scheduler with the noise schedule and prediction type; by default that in the student's
             config (`noise_schedule`), else DDPM's linear one with noise prediction; rectified flow for SD3 and Flux.
         out: a folder for checkpoints; a run that finds its own checkpoint there goes on from it. One is written, too, when the
@@ -168,7 +169,8 @@ def _run(
     start = training.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
     if teacher is not None:
         teacher.to(accelerator.device).eval()
-    draw, denoiser = _StepDraw(model, scheduler, config, accelerator), denoisers.of(model)
+    draw = _StepDraw(model, scheduler, config, accelerator, getattr(dataset, "null", None))
+    denoiser = denoisers.of(model)
     batches = data_module.StepSampler(len(dataset), config.batch_size, config.seed, start, config.steps)
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=config.workers, generator=torch.Generator())
     for step, (images, labels) in enumerate(loader, start + 1):
@@ -289,7 +291,15 @@ class _StepDraw:
     Drawn for the global batch and then cut to this process's share, so the number of processes does not matter.
     """
 
-    def __init__(self, model: nn.Module, scheduler: SchedulerMixin, config: TrainConfig, accelerator: Accelerator):
+    def __init__(
+        self,
+        model: nn.Module,
+        scheduler: SchedulerMixin,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        nothing: Inputs | None = None,
+    ):
+        self.nothing = nothing or {}  # the arguments that mean "no condition"
         self.model, self.scheduler, self.config, self.accelerator = model, scheduler, config, accelerator
         self.null = diffusion.null_label(model)
 
@@ -316,7 +326,10 @@ class _StepDraw:
 
     def _conditioning(self, labels: torch.Tensor | Inputs, n: int) -> Inputs:
         if isinstance(labels, Mapping):
-            found = labels
+            found = dict(labels)
+            dropped = torch.rand(n) < self.config.p_uncond if self.nothing else None
+            for name, value in self.nothing.items():
+                found[name] = torch.where(dropped.view(-1, *[1] * value.dim()), value, found[name])
         elif self.null is not None:
             found = {"class_labels": torch.where(torch.rand(n) < self.config.p_uncond, self.null, labels)}
         else:

@@ -1,6 +1,6 @@
 """Scoring a model by a protocol: sample its pictures, resuming where a killed run stopped, and compare them with others."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import default_collate
 
 from . import data, diffusion, latents, metrics
 from .files import replacing
@@ -28,17 +29,19 @@ class Progress:
 
 
 def sample(
-    model: nn.Module, folder: Path, protocol: Protocol, stage: str = "sample", vae: AutoencoderKL | None = None
+    model: nn.Module, folder: Path, protocol: Protocol, stage: str = "sample", dataset: str = "", vae: AutoencoderKL | None = None
 ) -> Iterator[Progress]:
     """Sample the protocol's pictures (a generator that returns them, uint8 [n, C, H, W]), saving every `CHUNK` in `folder`.
 
-    With `vae` the model makes latents, which it decodes.
+    Args:
+        dataset: the data set whose first texts are asked for, for models that take text.
+        vae: what decodes the latents that the model makes.
     """
     path = samples_file(folder, protocol)
     settings = {k: str(v) for k, v in asdict(protocol).items() if k != "n"}
     parts = _saved(path, settings)
     done = sum(map(len, parts))
-    asked = labels(model, protocol.n)
+    asked = _asked(model, protocol.n, dataset)
     while done < protocol.n:
         stop = min(done + CHUNK, protocol.n)
         for start in range(done, stop, protocol.batch_size):
@@ -46,7 +49,7 @@ def sample(
             noise = diffusion.start_noise(model, end - start, protocol.seed, first=start)
             options = {"sampler": protocol.sampler, "steps": protocol.steps, "guidance": protocol.guidance}
             with torch.autocast(model.device.type, torch.bfloat16, enabled=protocol.precision == "bf16"):
-                batch = diffusion.generate(model, noise, class_labels=None if asked is None else asked[start:end], **options)
+                batch = diffusion.generate(model, noise, **asked(start, end), **options)
             parts.append(data.to_uint8(batch if vae is None else latents.decode(vae, batch)).cpu())
             yield Progress(stage, end, protocol.n)
         done = stop
@@ -54,6 +57,23 @@ def sample(
         with replacing(path) as temporary:
             save_file({"images": torch.cat(parts).contiguous()}, temporary, metadata=settings)
     return torch.cat(parts)[: protocol.n]
+
+
+def _asked(model: nn.Module, n: int, dataset: str) -> Callable[[int, int], dict]:
+    """What conditions the pictures from one number to another, as arguments of `diffusion.generate`."""
+    classes = labels(model, n)
+    if classes is not None:
+        return lambda start, end: {"class_labels": classes[start:end]}
+    texts = data.load(dataset) if dataset.startswith("latents:") else None
+    if texts is None or not isinstance(texts[0][1], dict):
+        return lambda start, end: {}
+
+    def conditions(start: int, end: int) -> dict:
+        given = default_collate([texts[i % len(texts)][1] for i in range(start, end)])
+        nothing = {name: value.expand(end - start, *value.shape) for name, value in texts.null.items()}
+        return {"conditioning": given, "negative": nothing or None}
+
+    return conditions
 
 
 def samples_file(folder: Path, protocol: Protocol) -> Path:

@@ -129,15 +129,17 @@ def _pictures(
 ) -> Iterator[Progress]:
     """Sample what is to be scored (a generator that returns pictures, the base's, and scores of the models saved on the way)."""
     decoder = AutoencoderKL.from_pretrained(vae) if vae else None
-    images = yield from evaluation.sample(model, folder, protocol, vae=decoder)
+    images = yield from evaluation.sample(model, folder, protocol, "sample", chosen.data, decoder)
     base_images, early = None, []
     if chosen.base:
         source, made_here = _base(chosen, out)
         place = out / chosen.base if made_here else folder / "base"
-        base_images = yield from evaluation.sample(zoo.load(source), place, protocol, "sample the base", decoder)
+        base_images = yield from evaluation.sample(zoo.load(source), place, protocol, "sample the base", chosen.data, decoder)
     for step in (step for step in chosen.watch if _at(folder, step).exists()):
         few, watched = replace(protocol, n=WATCH_PICTURES), zoo.load(_at(folder, step))
-        pictures = yield from evaluation.sample(watched, folder / f"step-{step}", few, f"sample step {step}", decoder)
+        pictures = yield from evaluation.sample(
+            watched, folder / f"step-{step}", few, f"sample step {step}", chosen.data, decoder
+        )
         early.append((step, pictures))
     yield Progress("score", 0, 1)
     curve = [*early, (settings["steps"], images[:WATCH_PICTURES])] if early else []

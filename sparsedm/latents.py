@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from .files import replacing
 
+NULL = "null.safetensors"
 SHARD = 4096  # pictures per file
 
 
@@ -18,7 +19,8 @@ class Latents(Dataset):
     """The latents in a folder of safetensors files, read from disk one by one, as (latent [C, h, w] in float32, label).
 
     Each file has "latents" [n, C, h, w], already scaled, and "labels" [n]; with "encoder_hidden_states" [n, tokens, dim] the
-    second item is the dict of these instead.
+    second item is the dict of these instead. A further file null.safetensors holds the "encoder_hidden_states" [tokens, dim] of
+    the empty text, for training without text now and then, and for guidance: the attribute `null`, a dict, {} without the file.
 
     Raises:
         FileNotFoundError: no such folder, or no safetensors file in it.
@@ -29,10 +31,11 @@ class Latents(Dataset):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        paths = sorted(self.folder.glob("*.safetensors"))
+        paths = sorted(path for path in self.folder.glob("*.safetensors") if path.name != NULL)
         if not paths:
             raise FileNotFoundError(f"{self.folder} holds no latents; sparsedm.latents.encode writes them")
         self._entries = [(path, i) for path in paths for i in range(self._length(path))]
+        self.null = load_file(self.folder / NULL) if (self.folder / NULL).exists() else {}
         with safe_open(paths[0], "pt") as file:
             self.channels, _, self.size = file.get_slice("latents").get_shape()[1:]
 

@@ -8,7 +8,7 @@ import contextlib
 import copy
 import itertools
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ def measure_layers(
         with with_threads(count):
             for layer, x in _layers(getattr(torch, name)):
                 packed_layer = packed.packed_layer(layer, "2:4")
-                variants = {**_dense_variants(layer, (x,)), "packed": packed_layer}
+                variants = {**_dense_variants(layer, lambda model, x=x: model(x)), "packed": packed_layer}
                 row = _row(variants, lambda model, x=x: model(x), rounds)
                 yield {"what": _title(layer, x), "threads": count, "dtype": name, **row}
 
@@ -125,7 +125,7 @@ def measure_methods(
 def _step(what: str, models: Mapping[str, nn.Module], batch: int, compiled: bool, rounds: int) -> dict:
     dense, fast = models["dense"], models["packed"]
     inputs = randomised(dryrun.example_inputs(dense, batch))
-    variants = _dense_variants(dense, tuple(inputs.values()))
+    variants = _dense_variants(dense, lambda model: model(**inputs))
     for name, model in models.items():
         variants |= _formats(name, model)
         if compiled:
@@ -162,11 +162,11 @@ def randomised(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 ONEDNN = "dense, oneDNN"
 
 
-def _dense_variants(model: nn.Module, inputs: Iterable[torch.Tensor]) -> dict[str, nn.Module]:
+def _dense_variants(model: nn.Module, call: Callable[[nn.Module], object]) -> dict[str, nn.Module]:
     variants = _formats("dense", model)
     converted = mkldnn.to_mkldnn(copy.deepcopy(model), next(model.parameters()).dtype)
     with contextlib.suppress(RuntimeError, AttributeError), torch.no_grad():  # a model that looks at its layers' weights
-        converted(*inputs)
+        call(converted)
         variants[ONEDNN] = converted
     return variants
 

@@ -6,7 +6,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 
-from sparsedm import data, latents
+from sparsedm import data, distill, latents
+from sparsedm.models.uvit import UViTModel
 
 
 @pytest.fixture
@@ -51,8 +52,24 @@ def test_a_killed_encoding_goes_on_with_the_same_latents(vae, pictures, tmp_path
 
 def test_text_comes_with_its_latents(tmp_path):
     save_file({"latents": torch.zeros(2, 4, 8, 8), "encoder_hidden_states": torch.ones(2, 5, 6)}, tmp_path / "0.safetensors")
-    _, conditions = data.load(f"latents:{tmp_path}")[1]
-    assert conditions["encoder_hidden_states"].shape == (5, 6)
+    assert data.load(f"latents:{tmp_path}").null == {}
+    save_file({"encoder_hidden_states": torch.zeros(5, 6)}, tmp_path / "null.safetensors")
+    found = data.load(f"latents:{tmp_path}")
+    assert len(found) == 2 and found.null["encoder_hidden_states"].shape == (5, 6)
+    assert found[1][1]["encoder_hidden_states"].shape == (5, 6)
+
+
+def test_training_drops_texts_as_often_as_asked(tmp_path):
+    save_file({"latents": torch.zeros(8, 4, 8, 8), "encoder_hidden_states": torch.ones(8, 5, 6)}, tmp_path / "0.safetensors")
+    save_file({"encoder_hidden_states": torch.zeros(5, 6)}, tmp_path / "null.safetensors")
+    config = {"in_channels": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "context_dim": 6, "context_tokens": 5}
+    model, seen = UViTModel(sample_size=8, **config), []
+    model.register_forward_pre_hook(lambda module, args, given: seen.append(given["encoder_hidden_states"]), with_kwargs=True)
+    for p_uncond, low, high in ((0.0, 0, 0), (0.5, 30, 98), (1.0, 128, 128)):
+        seen.clear()
+        list(distill.train(model, f"latents:{tmp_path}", steps=16, batch_size=8, p_uncond=p_uncond))
+        empty = sum(int((text.flatten(1) == 0).all(1).sum()) for text in seen)
+        assert low <= empty <= high and all(((text == 0) | (text == 1)).all() for text in seen)
 
 
 def test_folders_without_latents_are_refused_by_name(tmp_path):

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
+from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 
 from sparsedm import experiment, layers, recipes
+from sparsedm.latents import Latents
 from sparsedm.models import zoo
 
 PAPER = {name: found for name, found in recipes.RECIPES.items() if found.suite == "paper"}
@@ -40,12 +42,18 @@ def settings(name: str) -> dict:
 def trial(monkeypatch, tmp_path):
     """`trial(name)`: a generator that carries the recipe out at trial size."""
 
-    def stand_in(name: str, **options):
-        base = PAPER[name].base or name
-        config = dict(narrow(PAPER[base]).model[1])
+    def stand_in(name: str):
+        config = narrow(PAPER[PAPER[name].base or name]).model[1]
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(8, config.get("in_channels", 3), *[config["sample_size"]] * 2, generator=generator)
-        return TensorDataset(images.clamp(-1, 1), torch.arange(8))
+        images = torch.randn(8, config.get("in_channels", 3), *[config["sample_size"]] * 2, generator=generator).clamp(-1, 1)
+        if not PAPER[name].data.startswith("latents:"):
+            return TensorDataset(images, torch.arange(8))
+        text = torch.randn(9, config.get("context_tokens", 1), config.get("context_dim") or 1, generator=generator)
+        given = {"encoder_hidden_states": text[:8]} if config.get("context_dim") else {"labels": torch.arange(8)}
+        (tmp_path / "latents").mkdir(exist_ok=True)
+        save_file({"latents": images, **given}, tmp_path / "latents" / "0.safetensors")
+        save_file({"encoder_hidden_states": text[8]}, tmp_path / "latents" / "null.safetensors")
+        return Latents(tmp_path / "latents")
 
     vae = tmp_path / "vae"
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
