@@ -41,7 +41,7 @@ def test_reproduce_lists_recipes():
 
 def test_every_command_has_help_with_an_example():
     commands = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
-    expected = "train finetune sparsify prune info generate evaluate export reproduce compare bench"
+    expected = "train finetune sparsify prune info generate evaluate export convert reproduce compare bench"
     assert commands == expected.split()
     for command in commands:
         text = CliRunner().invoke(cli.app, [command, "--help"]).stdout

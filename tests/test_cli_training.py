@@ -64,6 +64,14 @@ def test_a_model_is_trained_pruned_made_sparse_and_drawn(tiny, tmp_path):
     assert scores["n"] == 6 and -1 <= scores["ssim_to_base"] <= 1
 
 
+def test_an_official_checkpoint_becomes_a_model_folder(tmp_path):
+    model = UViTModel(sample_size=8, in_channels=3, embed_dim=64, depth=2, num_heads=1)
+    torch.save(model.state_dict(), tmp_path / "nnet_ema.pth")
+    found = ask("convert", tmp_path / "nnet_ema.pth", tmp_path / "uvit")
+    state = zoo.load(found["model"]).state_dict()
+    assert found["class"] == "UViTModel" and all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
 def test_ctrl_c_leaves_a_checkpoint_that_resume_takes_up(tiny, tmp_path, monkeypatch, capsys):
     long = ("--data", "digits", "--batch-size", "4", "--set", "checkpoint_every=100000", "--steps", "400")
     whole = ask("train", tiny, tmp_path / "whole", *long)

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from diffusers import UNet2DModel
+from PIL import Image
 
-from sparsedm import bench, claims, results, speed
+import sparsedm
+from sparsedm import bench, claims, layers, results, speed
 
 ROOT = Path(__file__).parent.parent
 README, SPEED, COMPARISON = ((ROOT / name).read_text() for name in ("README.md", "docs/speed.md", "docs/comparison.md"))
@@ -39,3 +42,15 @@ def test_times_are_the_stored_ones(name, page):
 def test_training_cost_is_the_stored_one():
     stored = json.loads((results.RESULTS / "bench-train-step.json").read_text())
     assert section("bench") == bench.train_step_words(stored)
+
+
+def test_the_lines_for_an_own_model_and_own_pictures_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = {"block_out_channels": (16, 16), "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    UNet2DModel(sample_size=32, norm_num_groups=4, **config).save_pretrained("google/ddpm-cifar10-32")
+    (tmp_path / "pictures").mkdir()
+    for i in range(64):
+        Image.new("RGB", (40, 36), (i, 2 * i, 255 - i)).save(tmp_path / "pictures" / f"{i}.png")
+    lines = README.split("## Your own model, your own pictures", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+    exec(lines.replace("steps=20_000", "steps=2"), {})  # noqa: S102
+    assert set(map(str, layers.patterns(sparsedm.load("student")).values())) == {"2:4"}

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..models import zoo
-from .common import Data, Device, Json, Model, Seed, bars, on, outcome, show
+from .common import Data, Device, Json, Model, Seed, bars, free, on, outcome, show
 
 Sampler = Annotated[str, typer.Option(help="ddim, ddpm or dpm++.")]
 SampleSteps = Annotated[int, typer.Option(help="Sampling steps.")]
@@ -121,4 +121,20 @@ def export(
     print(f"{out} written, as {format}")
 
 
-COMMANDS = (info, generate, evaluate, export)
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="nnet_ema.pth of U-ViT, a checkpoint of the DDIM code, or a pruned folder.")],
+    out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    json: Json = False,
+) -> None:
+    """Make a model folder of an official checkpoint. Example: python -m sparsedm convert nnet_ema.pth uvit"""
+    from .. import convert as converting
+
+    free(out)
+    model = converting.load(checkpoint)
+    zoo.save(model, out)
+    parameters = sum(p.numel() for p in model.parameters())
+    found = {"model": str(out), "class": type(model).__name__, "parameters": parameters}
+    outcome(found, json, f"{out} written: {found['class']}, {parameters:,} parameters")
+
+
+COMMANDS = (info, generate, evaluate, export, convert)
