@@ -164,6 +164,8 @@ def _run(
     for _, pattern in config.pattern_schedule:
         layers.set_pattern(model, pattern)  # all of them fit, or none is trained
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(f"batch_size {config.batch_size} cannot be shared by {accelerator.num_processes} processes")
     training = _Training(_train_mode(model), config, accelerator)
     checkpoint = Path(out, CHECKPOINT) if out else None
     start = training.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
