@@ -6,12 +6,10 @@ bit for bit on one CPU, as one that was not.
 
 import contextlib
 import copy
-import dataclasses
-import json
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -19,7 +17,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import SchedulerMixin
 from diffusers.models.embeddings import LabelEmbedding
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -27,71 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from . import data as data_module
 from . import denoisers, diffusion, layers
 from .denoisers import Denoiser, Inputs, each
-from .files import replacing
-
-CHECKPOINT = "checkpoint.pt"
-OPTIMIZERS = ("adamw", "muon")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a run; `steps` and what follows are keyword arguments of `train` and `finetune`.
-
-    Attributes:
-        batch_size: pictures per step, over all processes.
-        optimizer: "adamw", or "muon" (torch.optim.Muon on the hidden linear weights, AdamW on the rest).
-        lr, betas, weight_decay: of either. lr_schedule: diffusers' name ("constant_with_warmup" is the papers', "cosine").
-        warmup: steps of linear warm-up. clip: largest gradient norm, 0 for none.
-        ema_decay: of the moving average of the dense master weights.
-        p_uncond: how often a label is replaced by the "no class" one, for classifier-free guidance.
-        flip: mirror half of the pictures.
-        noise_weight, teacher_weight: of the two terms of the loss (SparseDM 3.3: 1 and 0.1).
-        pattern_schedule: ((step, "31:32"), ...): from that step on the student's pattern, same weights and optimiser.
-        checkpoint_every: steps between checkpoints; workers: of the data loader. These two may change between resumes.
-    """
-
-    steps: int
-    batch_size: int = 64
-    optimizer: str = "adamw"
-    lr: float = 2e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    lr_schedule: str = "constant_with_warmup"
-    warmup: int = 0
-    clip: float = 1.0
-    ema_decay: float = 0.999
-    p_uncond: float = 0.1
-    flip: bool = False
-    noise_weight: float = 1.0
-    teacher_weight: float = 0.1
-    pattern_schedule: tuple[tuple[int, str], ...] = ()
-    seed: int = 0
-    mixed_precision: str = "no"
-    checkpoint_every: int = 500
-    workers: int = 0
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, it is {getattr(self, name)}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
-        starts = [step for step, _ in self.pattern_schedule]
-        if starts != sorted(set(starts)):
-            raise ValueError(f"pattern_schedule steps must increase, they are {starts}")
-
-    @classmethod
-    def of(cls, options: dict) -> "TrainConfig":
-        """Settings by name. Raises ValueError for a name that is none, with the known ones."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(options) - set(known)):
-            raise ValueError(f"unknown training setting {unknown[0]!r}; known: {', '.join(known)}")
-        return cls(**options)
-
-    def identity(self) -> dict:
-        """What must be equal for a checkpoint to be resumed."""
-        values = json.loads(json.dumps(dataclasses.asdict(self)))  # tuples and lists are the same
-        return {k: v for k, v in values.items() if k not in ("checkpoint_every", "workers")}
+from .training import CHECKPOINT, TrainConfig, Training
 
 
 @dataclass
@@ -164,9 +97,10 @@ def _run(
     for _, pattern in config.pattern_schedule:
         layers.set_pattern(model, pattern)  # all of them fit, or none is trained
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    if config.batch_size % accelerator.num_processes:
-        raise ValueError(f"batch_size {config.batch_size} cannot be shared by {accelerator.num_processes} processes")
-    training = _Training(_train_mode(model), config, accelerator)
+    if config.batch_size % (accelerator.num_processes * config.accumulate):
+        processes = f"{accelerator.num_processes} processes" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+        raise ValueError(f"batch_size {config.batch_size} cannot be shared by {processes}")
+    training = Training(_train_mode(model), config, accelerator)
     checkpoint = Path(out, CHECKPOINT) if out else None
     start = training.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
     if teacher is not None:
@@ -178,17 +112,17 @@ def _run(
     for step, (images, labels) in enumerate(loader, start + 1):
         began = time.perf_counter()
         _apply_pattern(model, config.pattern_schedule, step - 1)
-        with draw.random_stream(step - 1), accelerator.autocast():
-            terms = _losses(denoiser, training.prepared, teacher, scheduler, *draw(images, labels))
-        loss = config.noise_weight * terms["noise"] + config.teacher_weight * terms.get("teacher", 0)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower lr, or resume from {checkpoint}")
-        lr = training.update(loss)
+        with draw.random_stream(step - 1):
+            batch = draw(images, labels)
+            terms = _accumulate(lambda part: _losses(denoiser, training.prepared, teacher, scheduler, *part), batch, training)
+        loss = _weighted(config, terms)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step}; lower lr, or resume from {checkpoint}")
+        lr = training.update()
         if checkpoint and accelerator.is_main_process and (step % config.checkpoint_every == 0 or step == config.steps):
             training.save(checkpoint, step)
-        values = {name: value.item() for name, value in terms.items()}
         try:
-            yield TrainState(step, config.steps, loss.item(), values, lr, time.perf_counter() - began, model, training.ema)
+            yield TrainState(step, config.steps, loss, terms, lr, time.perf_counter() - began, model, training.ema)
         except GeneratorExit:  # the caller stopped: nothing is lost
             if checkpoint and accelerator.is_main_process:
                 training.save(checkpoint, step)
@@ -196,6 +130,35 @@ def _run(
     _apply_pattern(model, config.pattern_schedule, config.steps)
     training.ema.copy_to(model.parameters())
     model.eval()
+
+
+def _accumulate(losses: Callable[..., dict[str, torch.Tensor]], batch: tuple, training: Training) -> dict[str, float]:
+    """Add the gradients of the weighted losses of all parts of a batch; returns the mean terms."""
+    accelerator, count, means = training.accelerator, training.config.accumulate, {}
+    layers.set_loss_scale(training.model, (accelerator.scaler.get_scale() if accelerator.scaler else 1.0) / count)
+    for i, part in enumerate(_parts(batch, count)):
+        alone = accelerator.no_sync(training.prepared) if i < count - 1 else contextlib.nullcontext()
+        with alone:
+            with accelerator.autocast():
+                terms = losses(part)
+            accelerator.backward(_weighted(training.config, terms) / count)
+        for name, value in terms.items():
+            means[name] = means.get(name, 0) + value.item() / count
+    return means
+
+
+def _weighted(config: TrainConfig, terms: Mapping):
+    """The loss: a tensor of tensors, a number of numbers."""
+    return config.noise_weight * terms["noise"] + config.teacher_weight * terms.get("teacher", 0)
+
+
+def _parts(batch: tuple, count: int) -> Iterator[tuple]:
+    """`count` equal parts of (images, noise, t, conditioning)."""
+    *tensors, conditioning = batch
+    size = len(tensors[0]) // count
+    for start in range(0, count * size, size):
+        part = slice(start, start + size)
+        yield *(x[part] for x in tensors), each(lambda x, part=part: x[part], conditioning)
 
 
 def _check_trainable(model: nn.Module, teacher: nn.Module | None, scheduler: SchedulerMixin, config: TrainConfig) -> None:
@@ -212,73 +175,6 @@ def _train_mode(model: nn.Module) -> nn.Module:
         if isinstance(module, LabelEmbedding):  # else each block of a DiT drops other labels, and the teacher none
             module.eval()
     return model
-
-
-class _Training:
-    """Everything of a run that changes from step to step: weights, their average, optimisers, learning rates."""
-
-    def __init__(self, model: nn.Module, config: TrainConfig, accelerator: Accelerator):
-        self.model, self.config, self.accelerator = model.to(accelerator.device), config, accelerator
-        self.ema = EMAModel(model.parameters(), decay=config.ema_decay, foreach=True)
-        self.optimizers = _make_optimizers(model, config)
-        self.lr_schedulers = [
-            get_scheduler(config.lr_schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
-            for optimizer in self.optimizers
-        ]
-        self.prepared, *self.steppers = accelerator.prepare(model, *self.optimizers)
-
-    def update(self, loss: torch.Tensor) -> float:
-        """One optimiser step; returns the learning rate it had."""
-        self.accelerator.backward(loss)
-        if self.config.clip:
-            self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.clip)
-        lr = self.lr_schedulers[0].get_last_lr()[0]
-        for optimizer in self.steppers:
-            optimizer.step()
-            optimizer.zero_grad()
-        for lr_scheduler in self.lr_schedulers:
-            lr_scheduler.step()
-        layers.decay_pruned(self.model, lr)
-        self.ema.step(self.model.parameters())
-        return lr
-
-    def _stateful(self) -> list:
-        return [self.model, self.ema, *self.optimizers, *self.lr_schedulers]
-
-    def save(self, path: Path, step: int) -> None:
-        content = {"step": step, "config": self.config.identity(), "states": [x.state_dict() for x in self._stateful()]}
-        with replacing(path) as temporary:
-            torch.save(content, temporary)
-
-    def resume(self, path: Path) -> int:
-        """Take up a checkpoint and return its step; a ValueError says why it cannot be taken up."""
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            saved, states = content["config"], content["states"]
-        except Exception as error:
-            raise ValueError(f"{path} is not a readable checkpoint ({error}); remove it to start anew") from error
-        other = [f"{k} {saved.get(k)!r} instead of {v!r}" for k, v in self.config.identity().items() if saved.get(k) != v]
-        if other:
-            raise ValueError(f"{path} belongs to a run with {', '.join(other)}; use another folder or the same settings")
-        for thing, state in zip(self._stateful(), states, strict=True):
-            thing.load_state_dict(state)
-        self.ema.to(self.accelerator.device)
-        return content["step"]
-
-
-def _make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    hidden = {}
-    if config.optimizer == "muon":
-        edges = layers.DEFAULT_EXCLUDE.get(type(model).__name__, ())
-        linears = [(n, m) for n, m in layers.weight_layers(model) if isinstance(m, nn.Linear)]
-        hidden = {id(m.weight): m.weight for n, m in linears if not any(fnmatchcase(n, glob) for glob in edges)}
-    rest = [p for p in model.parameters() if id(p) not in hidden]
-    adamw = torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
-    if not hidden:
-        return [adamw]
-    # This scaling gives Muon's update the size of AdamW's, so that one learning rate serves both.
-    muon = torch.optim.Muon(hidden.values(), config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [adamw, muon]
 
 
 def _apply_pattern(model: nn.Module, schedule: Sequence[tuple[int, str]], step: int) -> None:

@@ -46,25 +46,27 @@ class _SRSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: torch.Tensor, mask: torch.Tensor, decay: float) -> torch.Tensor:
         masked = nm.masked(weight, mask)
-        ctx.decay = decay
-        if decay:
-            ctx.save_for_backward(weight - masked)  # the pruned part
+        ctx.decays = bool(decay)
+        if decay:  # scaled here: torch.compile (2.13) loses a factor that is applied in backward by add's alpha
+            ctx.save_for_backward((weight - masked).mul_(decay))
         return masked
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        if not ctx.decay:
-            return grad, None, None
-        (pruned,) = ctx.saved_tensors
-        return torch.add(grad, pruned, alpha=ctx.decay), None, None
+        return grad + ctx.saved_tensors[0] if ctx.decays else grad, None, None
 
 
 class _NMLayer:
-    """What NMLinear and NMConv2d share. Attributes: `pattern`, `decay` (lambda of SR-STE), `decay_mode`, `frozen_mask`."""
+    """What NMLinear and NMConv2d share.
+
+    Attributes: `pattern`, `decay` (lambda of SR-STE), `decay_mode`, `frozen_mask`, and `loss_scale`, by which the loss is
+    multiplied before it goes backward (see `set_loss_scale`).
+    """
 
     pattern: NMPattern
     decay: float
     decay_mode: str
+    loss_scale: float = 1.0
     frozen_mask: torch.Tensor | None
 
     def mask(self) -> torch.Tensor:
@@ -80,7 +82,8 @@ class _NMLayer:
 
         SparseDM 3.2 (arXiv 2404.10445), after SR-STE (arXiv 2102.04010): dL/dw = dL/dw_masked + decay * (1 - mask) * w.
         """
-        return _SRSTE.apply(self.weight, self.mask(), self.decay if self.decay_mode == "gradient" else 0.0)
+        decay = self.decay * self.loss_scale if self.decay_mode == "gradient" else 0.0
+        return _SRSTE.apply(self.weight, self.mask(), decay)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern}, decay={self.decay:g}"
@@ -231,6 +234,7 @@ def _leave(model: nn.Module, keep_mask: bool) -> nn.Module:
 def _to_plain(module: _NMLayer) -> None:
     module.__class__ = _DENSE_CLASS[type(module)]
     del module.pattern, module.decay, module.decay_mode, module.frozen_mask
+    module.__dict__.pop("loss_scale", None)
 
 
 def with_weights(plain: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
@@ -286,6 +290,15 @@ def set_pattern(model: nn.Module, pattern: str | NMPattern) -> None:
         module.pattern = pattern
         if module.frozen_mask is not None:
             module.freeze_mask()
+
+
+def set_loss_scale(model: nn.Module, scale: float) -> None:
+    """Tell the layers by what factor the loss goes backward (a part of a batch, float16's loss scaling).
+
+    The decay is no part of the loss: without this its share of the gradient would grow or vanish when gradients are scaled back.
+    """
+    for _, module in nm_layers(model):
+        module.loss_scale = float(scale)
 
 
 def decay_pruned(model: nn.Module, lr: float) -> None:

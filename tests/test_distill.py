@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsedm import data, diffusion, distill, layers
+from sparsedm import data, diffusion, distill, layers, training
 from sparsedm.models.uvit import UViTModel
 
 STEPS = {"steps": 6, "batch_size": 8, "lr": 1e-3, "warmup": 2, "checkpoint_every": 2}
@@ -34,7 +34,7 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("optimizer", distill.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
 @pytest.mark.parametrize("stop", [1, 2, 5])
 def test_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path, stop, optimizer):
     whole, broken = tiny(dropout=True), tiny(dropout=True)
@@ -121,7 +121,7 @@ def test_velocity_models_are_trained_on_velocity():
     assert noise_loss != pytest.approx(velocity_loss, rel=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", distill.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
 def test_training_learns(optimizer):
     losses = [s.loss for s in run(tiny(), steps=150, batch_size=32, lr=3e-3, optimizer=optimizer)]
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
@@ -221,3 +221,37 @@ def test_full_disk_while_saving_keeps_the_previous_checkpoint(tmp_path, monkeypa
         next(states)
     assert (tmp_path / distill.CHECKPOINT).read_bytes() == kept
     assert [p.name for p in tmp_path.iterdir()] == [distill.CHECKPOINT]
+
+
+@pytest.mark.parametrize("option", [{"accumulate": 4}, {"gradient_checkpointing": True}, {"compile": True}])
+def test_options_that_save_memory_or_time_change_no_gradients(option, tmp_path):
+    def first_step(name, **options):
+        teacher, student = tiny(), layers.sparsify(tiny(), "2:4")
+        options = {**STEPS, "steps": 1, "warmup": 0, "clip": 0.0, "teacher_weight": 0.5, **options}
+        (state,) = distill.finetune(student, teacher, "digits", out=tmp_path / name, **options)
+        saved = torch.load(tmp_path / name / distill.CHECKPOINT, weights_only=True)["states"][2]["state"]
+        return state, [entry["exp_avg"] for entry in saved.values()]  # AdamW's: a tenth of the gradients
+
+    (plain, expected), (other, gradients) = first_step("plain"), first_step("other", **option)
+    assert other.terms == pytest.approx(plain.terms) and other.loss == pytest.approx(plain.loss)
+    assert sum(float(x.abs().sum()) for x in expected) > 0
+    for a, b in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_may_go_on_in_other_parts(tmp_path):
+    whole = layers.sparsify(tiny(), "2:4")
+    list(distill.train(whole, "digits", out=tmp_path / "whole", **STEPS))
+    broken, resumed = (layers.sparsify(tiny(), "2:4") for _ in range(2))
+    states = distill.train(broken, "digits", out=tmp_path / "broken", **STEPS)
+    for _ in range(3):
+        next(states)
+    states.close()
+    list(distill.train(resumed, "digits", out=tmp_path / "broken", **{**STEPS, "accumulate": 2}))
+    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_batches_that_cannot_be_cut_are_refused():
+    with pytest.raises(ValueError, match="batch_size 8 cannot be shared by 1 processes in 3 parts"):
+        next(distill.train(tiny(), "digits", **{**STEPS, "accumulate": 3}))

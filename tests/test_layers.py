@@ -400,3 +400,26 @@ def test_frozen_masks_stay_while_others_follow_the_weights():
         assert keys == {"0.weight", "0.bias"}
     set_pattern(frozen, "1:4")
     assert masks(frozen)["0"].float().mean() == 0.25 and torch.equal(masks(frozen)["0"], nm.mask(frozen[0].weight, "1:4"))
+
+
+@pytest.mark.parametrize("scale", [0.25, 1024.0])
+def test_the_decay_survives_a_scaled_loss(scale):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4))
+    plain, scaled = (layers.sparsify(copy.deepcopy(model), "2:4", decay=0.5) for _ in range(2))
+    x = torch.randn(3, 8)
+    plain(x).square().sum().backward()
+    layers.set_loss_scale(scaled, scale)
+    (scaled(x).square().sum() * scale).backward()
+    torch.testing.assert_close(scaled[0].weight.grad / scale, plain[0].weight.grad)
+    assert "loss_scale" not in vars(layers.densify(scaled)[0])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_compiled_gradients_are_the_same(decay):
+    torch.manual_seed(0)
+    eager = layers.sparsify(nn.Sequential(nn.Linear(8, 4)), "2:4", decay=decay)
+    compiled, x = copy.deepcopy(eager), torch.randn(3, 8)
+    eager(x).square().sum().backward()
+    torch.compile(compiled)(x).square().sum().backward()
+    torch.testing.assert_close(compiled[0].weight.grad, eager[0].weight.grad)

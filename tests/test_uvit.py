@@ -211,3 +211,12 @@ def test_works_in_a_diffusers_pipeline(make_model):
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=2, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
     assert images.shape == (2, 8, 8, 3) and np.isfinite(images).all() and images.std() > 0
+
+
+def test_gradient_checkpointing_recomputes_the_blocks():
+    model = UViTModel(sample_size=8, in_channels=1, embed_dim=16, depth=2, num_heads=2).train()
+    model.enable_gradient_checkpointing()
+    calls = []
+    model.mid_block.register_forward_hook(lambda *args: calls.append(1))
+    model(torch.randn(2, 1, 8, 8), 3).sample.square().mean().backward()
+    assert len(calls) == 2 and all(p.grad is not None for p in model.parameters())

@@ -96,7 +96,7 @@ class UViTModel(ModelMixin, ConfigMixin):
         ValueError: sizes that do not divide.
     """
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -121,6 +121,7 @@ class UViTModel(ModelMixin, ConfigMixin):
             raise ValueError(f"embed_dim {embed_dim} must be even and a multiple of num_heads {num_heads}")
         if num_classes is not None and context_dim is not None:
             raise ValueError("U-ViT takes class labels or text, not both")
+        self.gradient_checkpointing = False
         self.extras = 1 + (num_classes is not None) + (context_tokens if context_dim else 0)  # tokens before the patches
         tokens = self.extras + (sample_size // patch_size) ** 2
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
@@ -169,15 +170,20 @@ class UViTModel(ModelMixin, ConfigMixin):
         # 2. in, middle, out; the skips are last in, first out
         skips = []
         for block in self.in_blocks:
-            x = block(x)
+            x = self._run(block, x)
             skips.append(x)
-        x = self.mid_block(x)
+        x = self._run(self.mid_block, x)
         for block in self.out_blocks:
-            x = block(x, skips.pop())
+            x = self._run(block, x, skips.pop())
         # 3. back to pixels
         x = self.decoder_pred(self.norm(x))[:, self.extras :]
         x = self.final_layer(self._unpatchify(x))
         return UNet2DOutput(sample=x) if return_dict else (x,)
+
+    def _run(self, block: "Block", *args: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
 
     def _check(self, value: torch.Tensor | None, module: str, argument: str) -> None:
         if (value is not None) != hasattr(self, module):
