@@ -79,6 +79,7 @@ def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, fl
 
     add("teacher", "teacher", train={})
     add("more", "dense, same extra training", 3, True)
+    add("more-gentle", "dense, same extra training, lr 3e-4", train={**train, "lr": 3e-4})
     add("2x4", "2:4, SparseDM", 3, True, pattern="2:4", distil=True)
     add("diffpruned", "Diff-Pruning", 3, True, prune=pruned())
     add("2x4-srste", "2:4, SR-STE without teacher", 3, pattern="2:4")
