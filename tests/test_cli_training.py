@@ -8,9 +8,10 @@ import time
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from typer.testing import CliRunner
 
-from sparsedm import cli, layers
+from sparsedm import cli, layers, runlog
 from sparsedm.models import zoo
 from sparsedm.models.uvit import UViTModel
 
@@ -62,6 +63,43 @@ def test_a_model_is_trained_pruned_made_sparse_and_drawn(tiny, tmp_path):
     assert (tmp_path / "some.png").stat().st_size > 100 and drawn["ms_per_step"] > 0
     scores = ask("evaluate", student["model"], tmp_path / "s", "--data", "digits", "--n", 6, "--steps", 2, "--base", tiny)
     assert scores["n"] == 6 and -1 <= scores["ssim_to_base"] <= 1
+
+
+class Tracker(GeneralTracker):
+    """Stands for TensorBoard and its like."""
+
+    name, requires_logging_directory = "tensorboard", True
+    tracker, seen = None, []
+
+    def __init__(self, run_name, logging_dir):
+        super().__init__()
+        self.seen.append(("run", run_name, logging_dir.parent.name))
+
+    def store_init_configuration(self, values):
+        self.seen.append(("settings", values))
+
+    def log(self, values, step=None, **kwargs):
+        self.seen.append(("log", step, values))
+
+    def log_images(self, values, step=None, **kwargs):
+        self.seen.append(("images", step, values["samples"].shape))
+
+    def finish(self):
+        self.seen.append(("finish",))
+
+
+def test_a_tracker_gets_settings_losses_flips_and_pictures(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tracker, "seen", [])
+    monkeypatch.setitem(runlog.LOGGER_TYPE_TO_CLASS, "tensorboard", Tracker)
+    monkeypatch.setattr(runlog, "get_available_trackers", lambda: ["tensorboard"])
+    ask("finetune", tiny, tmp_path / "out", "--data", "digits", "--steps", 100, "--batch-size", 4, "--samples-every", 50)
+    kinds = [entry[0] for entry in Tracker.seen]
+    assert kinds == ["run", "settings", "log", "images", "log", "images", "finish"]
+    settings, losses, images = Tracker.seen[1][1], Tracker.seen[4], Tracker.seen[3]
+    assert settings["steps"] == 100 and settings["pattern"] == "2:4"
+    assert losses[1] == 100 and {"loss", "noise", "teacher", "lr", "mask_change"} <= set(losses[2])
+    assert images[1] == 50 and images[2][0] == 1 and images[2][3] == 3
+    assert [path.name for path in sorted((tmp_path / "out" / "samples").iterdir())] == ["00000050.png", "00000100.png"]
 
 
 def test_an_official_checkpoint_becomes_a_model_folder(tmp_path):
@@ -127,6 +165,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, monkeypatch,
         (("prune", "{}/tiny", "{}/tiny"), "is there already"),
         (("finetune", "{}/tiny", "{}/o", "--pattern", "4:2"), "4:2"),
         (("sparsify", "{}/tiny", "{}/o", "--exclude", "nope.*"), "'nope.*' matches no layer"),
+        (("train", "{}/tiny", "{}/o", "--data", "digits", "--track", "wandb"), "tracker 'wandb' is not installed"),
         (("evaluate", "{}/tiny", "{}/o", "--precision", "int8"), "precision is 'bf16' or 'fp32'"),
     ],
 )

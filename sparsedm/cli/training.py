@@ -35,6 +35,8 @@ Batch = Annotated[int, typer.Option(help="Pictures per step, over all processes.
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")]
 Pattern = Annotated[str, typer.Option(help="N:M, such as 2:4.")]
 Globs = Annotated[list[str] | None, typer.Option(help="Layers to leave dense, such as 'mid_block.*'; may be repeated.")]
+Track = Annotated[str, typer.Option(help="tensorboard, wandb, ... or none; TensorBoard by default, if it is installed.")]
+Samples = Annotated[int, typer.Option(help="Draw a grid of pictures every so many steps; 0 never does.")]
 Half = Annotated[str, typer.Option(help="Of the saved weights: float32, float16 or bfloat16.")]
 
 
@@ -48,6 +50,8 @@ def train(
     batch_size: Batch = 64,
     set_: Set = None,
     resume: Resume = False,
+    track: Track = "",
+    samples_every: Samples = 0,
     dtype: Half = "float32",
     device: Device = "",
     seed: Seed = 0,
@@ -59,7 +63,8 @@ def train(
     train_on(device)
     trained = load_or_build(model, seed)
     options = {"steps": steps, "batch_size": batch_size, "seed": seed, **settings(set_)}
-    _run(distill.train(trained, data, out=out / "train", **options), trained, out, resume, dtype, json)
+    states = distill.train(trained, data, out=out / "train", **options)
+    _run(states, trained, out, resume, dtype, json, track, samples_every, {"model": model, "data": data, **options})
 
 
 def finetune(
@@ -74,6 +79,8 @@ def finetune(
     batch_size: Batch = 64,
     set_: Set = None,
     resume: Resume = False,
+    track: Track = "",
+    samples_every: Samples = 0,
     dtype: Half = "float16",
     device: Device = "",
     seed: Seed = 0,
@@ -87,30 +94,46 @@ def finetune(
     sparse = zoo.load(student) if student else copy.deepcopy(source)
     layers.sparsify(sparse, pattern, exclude=exclude, decay=decay)
     options = {"steps": steps, "batch_size": batch_size, "seed": seed, **settings(set_)}
-    _run(distill.finetune(sparse, source, data, out=out / "train", **options), sparse, out, resume, dtype, json)
+    states = distill.finetune(sparse, source, data, out=out / "train", **options)
+    told = {"teacher": teacher, "student": student, "pattern": pattern, "data": data, **options}
+    _run(states, sparse, out, resume, dtype, json, track, samples_every, told)
 
 
-def _run(states: Iterator, model: torch.nn.Module, out: Path, resume: bool, dtype: str, as_json: bool) -> None:
+def _run(
+    states: Iterator,
+    model: torch.nn.Module,
+    out: Path,
+    resume: bool,
+    dtype: str,
+    as_json: bool,
+    track: str,
+    samples_every: int,
+    told: dict,
+) -> None:
     """Carry a training out, stoppable and logged, and save the averaged model."""
-    from .. import distill, files, layers
-    from ..runlog import RunLog
+    from .. import distill, files, layers, runlog
 
-    began, log, line = time.perf_counter(), RunLog(out / "log.jsonl"), {}
+    began, line = time.perf_counter(), {}
     with files.claimed(out), stoppable() as pressed:
         there = (out / "train" / distill.CHECKPOINT).exists()
         if there and not resume:
             raise ValueError(f"{out} holds a run; go on with it by --resume, or choose another folder")
         if resume and not there:
             raise ValueError(f"{out} holds no run to resume")
+        log = runlog.RunLog(out / "log.jsonl", tracker=runlog.start_tracker(track, out, told))
         first = next(states, None)
         with bars(as_json or first is None) as bar:
             task = bar.add_task("train", total=first.steps if first else 0, note="")
             for state in itertools.chain([first] if first else [], states):
                 line = log.add(state) or line
+                if samples_every and state.step % samples_every == 0:
+                    log.draw(state)
                 bar.update(task, completed=state.step, note=f"loss {line.get('loss', state.loss):.4f}")
                 if pressed and state.step < state.steps:
                     states.close()
                     raise Stopped(f"stopped at step {state.step} of {state.steps}; go on with the same command and --resume")
+        if log.tracker:
+            log.tracker.finish()
     zoo.save(layers.fold(model), out / "model", getattr(torch, dtype))
     found = {"model": str(out / "model"), "loss": line.get("loss"), "seconds": round(time.perf_counter() - began, 1)}
     outcome(found, as_json, f"{out / 'model'} written; its loss was {found['loss']:.4f}" if line else f"{out / 'model'} written")
