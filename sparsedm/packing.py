@@ -21,7 +21,7 @@ from .files import replacing
 from .nm import NMPattern
 
 FORMAT, VERSION = "sparsedm-packed", 1
-VALUES, POSITIONS = ".values", ".positions"
+VALUES, POSITIONS, CHECKSUMS = ".values", ".positions", "checksums"
 
 
 def position_bits(pattern: NMPattern) -> int:
@@ -105,10 +105,7 @@ def write(path: str | Path, state: Mapping[str, torch.Tensor], patterns: Mapping
             raise ValueError(f"{name} does not survive packing (NaN?)")
         tensors[_layer(name) + VALUES], tensors[_layer(name) + POSITIONS] = values, positions
         layers[name] = {"pattern": str(patterns[name]), "axis": 1, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
-    checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    metadata = {
-        "format": FORMAT, "version": str(VERSION), "layers": json.dumps(layers), "checksums": json.dumps(checksums),
-    }  # fmt: skip
+    metadata = {"format": FORMAT, "version": str(VERSION), "layers": json.dumps(layers), CHECKSUMS: checksums(tensors)}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -124,14 +121,12 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
             metadata = file.metadata() or {}
             _check_version(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        layers, checksums = json.loads(metadata["layers"]), json.loads(metadata["checksums"])
+        layers = json.loads(metadata["layers"])
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable packed checkpoint ({error!r}); fetch or save it again") from error
-    if not isinstance(layers, dict) or not isinstance(checksums, dict) or set(checksums) != set(tensors):
-        raise ValueError(f"{path}: the tensors are not those that its metadata lists")
-    for name, tensor in tensors.items():
-        if _checksum(tensor) != checksums[name]:
-            raise ValueError(f"{path}: {name} is damaged (its checksum differs)")
+    if not isinstance(layers, dict):
+        raise ValueError(f"{path}: its metadata lists no layers")
+    check(path, tensors, metadata.get(CHECKSUMS, ""))
     return _unpack_all(path, tensors, layers)
 
 
@@ -159,6 +154,24 @@ def _check_version(path: str | Path, metadata: Mapping[str, str]) -> None:
     version = metadata.get("version", "")
     if not version.isdigit() or int(version) > VERSION:
         raise ValueError(f"{path} has format version {version!r}, this package reads up to {VERSION}; upgrade it")
+
+
+def checksums(tensors: Mapping[str, torch.Tensor]) -> str:
+    """What `check` checks, for a file's metadata: JSON of a checksum per tensor."""
+    return json.dumps({name: _checksum(tensor) for name, tensor in tensors.items()})
+
+
+def check(path: str | Path, tensors: Mapping[str, torch.Tensor], expected: str) -> None:
+    """Raise ValueError unless the tensors read from `path` are those of which `expected` holds the checksums."""
+    try:
+        known = json.loads(expected)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the checksums in its metadata cannot be read; fetch or save it again") from error
+    if not isinstance(known, dict) or set(known) != set(tensors):
+        raise ValueError(f"{path}: the tensors are not those that its metadata lists")
+    for name, tensor in tensors.items():
+        if _checksum(tensor) != known[name]:
+            raise ValueError(f"{path}: {name} is damaged (its checksum differs)")
 
 
 def _checksum(tensor: torch.Tensor) -> str:

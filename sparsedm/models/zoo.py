@@ -9,8 +9,8 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import ModelMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .. import layers, nm, packing, structure
 from ..files import replacing_folder
@@ -174,7 +174,8 @@ def save(
         if packed:
             packing.write(temporary / PACKED, weights, _worth_packing(model, weights))
         else:
-            save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+            metadata = {"format": "pt", packing.CHECKSUMS: packing.checksums(weights)}
+            save_file(weights, temporary / WEIGHTS, metadata=metadata)
         if card:
             (temporary / "README.md").write_text(card)
 
@@ -230,7 +231,7 @@ def _load_weights(model: ModelMixin, path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; a model folder holds {CONFIG} and {WEIGHTS}")
     try:
-        weights = packing.read(path) if path.name == PACKED else load_file(path)
+        weights = packing.read(path) if path.name == PACKED else _read_plain(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or save it again") from error
     weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
@@ -238,3 +239,12 @@ def _load_weights(model: ModelMixin, path: Path) -> None:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit {type(model).__name__} as {CONFIG} describes it: {error}") from error
+
+
+def _read_plain(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, checked if it has checksums (this package writes them)."""
+    with safe_open(path, "pt") as file:
+        metadata, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if packing.CHECKSUMS in metadata:
+        packing.check(path, weights, metadata[packing.CHECKSUMS])
+    return weights
