@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.utils import parse_flag_from_env
 
 from . import diffusion, distill, layers, plots
 from .files import replacing
@@ -63,6 +64,11 @@ class RunLog:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
+def process() -> PartialState:
+    """Which of how many processes this is; alone, PartialState takes no notice of the environment's wish for the CPU."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def start_tracker(name: str, folder: Path, settings: dict) -> GeneralTracker | None:
     """A tracker of accelerate's by name ("tensorboard", "wandb", ...); "" is TensorBoard if it is installed, "none" is none.
 
@@ -76,7 +82,7 @@ def start_tracker(name: str, folder: Path, settings: dict) -> GeneralTracker | N
     if name not in available:
         known = ", ".join(LOGGER_TYPE_TO_CLASS)
         raise ValueError(f"tracker {name!r} is not installed; installed: {', '.join(available) or 'none'}; known: {known}")
-    PartialState()  # trackers ask it which process they are in
+    process()  # trackers ask which one they are in
     cls = LOGGER_TYPE_TO_CLASS[name]
     tracker = cls(folder.name, logging_dir=folder / "tracker") if cls.requires_logging_directory else cls(folder.name)
     tracker.start()

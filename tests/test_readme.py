@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 import sparsedm
-from sparsedm import bench, claims, layers, results, speed
+from sparsedm import bench, claims, layers, results, shares, speed
 
 ROOT = Path(__file__).parent.parent
 README, SPEED, COMPARISON = ((ROOT / name).read_text() for name in ("README.md", "docs/speed.md", "docs/comparison.md"))
@@ -32,11 +32,17 @@ def test_short_runs_are_the_stored_ones(base):
 
 
 @pytest.mark.parametrize(
-    ("name", "page"), [("step", README), ("paper", README), ("layers", SPEED)], ids=["step", "paper", "layers"]
+    ("name", "page"),
+    [("step", README), ("paper", README), ("layers", SPEED), ("methods", SPEED)],
+    ids=["step", "paper", "layers", "methods"],
 )
 def test_times_are_the_stored_ones(name, page):
     stored = json.loads((results.RESULTS / f"bench-{name}.json").read_text())
     assert section(name, page) == speed.words(stored)
+
+
+def test_shares_are_the_stored_ones():
+    assert section("shares", SPEED) == shares.words(json.loads((results.RESULTS / "bench-shares.json").read_text()))
 
 
 def test_training_cost_is_the_stored_one():

@@ -99,7 +99,8 @@ def bench(
     elif what == "step":
         rows = speed.measure_steps(names, [int(n) for n in batches.split(",")], kinds, counts, compile)
     elif what == "methods":
-        rows = speed.measure_methods(runs, results.timed_recipes(), dtypes=kinds, threads=counts)
+        made = [name for name in results.timed_recipes() if (runs / name / "model").is_dir()]
+        rows = speed.measure_methods(runs, made, dtypes=kinds, threads=counts)
     elif what == "shares":
         rows = shares.measure(names, dtypes=kinds, threads=counts)
     elif what in ("train-step", "masks"):

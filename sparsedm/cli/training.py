@@ -1,9 +1,6 @@
 """Commands that train or change a model: train, finetune, sparsify, prune."""
 
 import copy
-import itertools
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -11,23 +8,8 @@ import torch
 import typer
 
 from ..models import zoo
-from .common import (
-    Data,
-    Device,
-    Json,
-    Model,
-    Seed,
-    Set,
-    Stopped,
-    bars,
-    free,
-    load_or_build,
-    on,
-    outcome,
-    settings,
-    stoppable,
-    train_on,
-)
+from .common import Data, Device, Json, Model, Seed, Set, bars, free, load_or_build, on, outcome, settings, train_on
+from .job import Job
 
 Out = Annotated[Path, typer.Argument(help="A folder for checkpoints, log and, in OUT/model, the model.")]
 Steps = Annotated[int, typer.Option(help="Training steps in all.")]
@@ -64,7 +46,7 @@ def train(
     trained = load_or_build(model, seed)
     options = {"steps": steps, "batch_size": batch_size, "seed": seed, **settings(set_)}
     states = distill.train(trained, data, out=out / "train", **options)
-    _run(states, trained, out, resume, dtype, json, track, samples_every, {"model": model, "data": data, **options})
+    Job(out, resume, dtype, json, track, samples_every, {"model": model, "data": data, **options}).run(states, trained)
 
 
 def finetune(
@@ -96,47 +78,7 @@ def finetune(
     options = {"steps": steps, "batch_size": batch_size, "seed": seed, **settings(set_)}
     states = distill.finetune(sparse, source, data, out=out / "train", **options)
     told = {"teacher": teacher, "student": student, "pattern": pattern, "data": data, **options}
-    _run(states, sparse, out, resume, dtype, json, track, samples_every, told)
-
-
-def _run(
-    states: Iterator,
-    model: torch.nn.Module,
-    out: Path,
-    resume: bool,
-    dtype: str,
-    as_json: bool,
-    track: str,
-    samples_every: int,
-    told: dict,
-) -> None:
-    """Carry a training out, stoppable and logged, and save the averaged model."""
-    from .. import distill, files, layers, runlog
-
-    began, line = time.perf_counter(), {}
-    with files.claimed(out), stoppable() as pressed:
-        there = (out / "train" / distill.CHECKPOINT).exists()
-        if there and not resume:
-            raise ValueError(f"{out} holds a run; go on with it by --resume, or choose another folder")
-        if resume and not there:
-            raise ValueError(f"{out} holds no run to resume")
-        log = runlog.RunLog(out / "log.jsonl", tracker=runlog.start_tracker(track, out, told))
-        first = next(states, None)
-        with bars(as_json or first is None) as bar:
-            task = bar.add_task("train", total=first.steps if first else 0, note="")
-            for state in itertools.chain([first] if first else [], states):
-                line = log.add(state) or line
-                if samples_every and state.step % samples_every == 0:
-                    log.draw(state)
-                bar.update(task, completed=state.step, note=f"loss {line.get('loss', state.loss):.4f}")
-                if pressed and state.step < state.steps:
-                    states.close()
-                    raise Stopped(f"stopped at step {state.step} of {state.steps}; go on with the same command and --resume")
-        if log.tracker:
-            log.tracker.finish()
-    zoo.save(layers.fold(model), out / "model", getattr(torch, dtype))
-    found = {"model": str(out / "model"), "loss": line.get("loss"), "seconds": round(time.perf_counter() - began, 1)}
-    outcome(found, as_json, f"{out / 'model'} written; its loss was {found['loss']:.4f}" if line else f"{out / 'model'} written")
+    Job(out, resume, dtype, json, track, samples_every, told).run(states, sparse)
 
 
 def sparsify(
