@@ -62,7 +62,8 @@ def over_training(rows: list[Row]):
         for row in rows
         if row.runs[0].get("curve")
     }
-    return plots.training(lines, teacher=_teacher(rows).fd)
+    dense = next((line for name, line in lines.items() if name.startswith("dense")), None)
+    return plots.training(lines, teacher=dense[0][1] if dense else None)  # of as many pictures as the points: before training
 
 
 def pictures(base: str, runs: Path) -> dict[str, torch.Tensor]:

@@ -74,7 +74,7 @@ def rows(pictures: Mapping[str, torch.Tensor], *, ink: str = INK):
     import matplotlib.pyplot as plt
 
     count, (n, _, height, width) = len(pictures), next(iter(pictures.values())).shape
-    size = (1.6 + 0.42 * n, 0.5 * count * height / width)
+    size = (0.4 + 0.085 * max(map(len, pictures)) + 0.42 * n, 0.5 * count * height / width)
     figure, axes = plt.subplots(count, 1, figsize=size, layout="constrained", squeeze=False)
     for ax, (name, images) in zip(axes[:, 0], pictures.items(), strict=True):
         ax.imshow(picture(images, scale=4, ink=ink), interpolation="nearest")
@@ -118,15 +118,41 @@ def tradeoff(points: Sequence[tuple[str, str, float, float]], *, xlabel: str, yl
         chosen = [point for point in points if point[1] == family]
         if chosen:
             axes.scatter([p[2] for p in chosen], [p[3] for p in chosen], color=color, label=family, zorder=3)
-    for label, family, x, y in points:
-        axes.annotate(label, (x, y), (5, 3), textcoords="offset points", fontsize=7.5, color=FAMILIES[family])
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
-    axes.margins(x=0.12)
-    axes.grid(axis="y", which="both", linewidth=0.3)
+    axes.margins(x=0.05)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + 0.4 * (right - left))  # room for labels
+    _plain_numbers(axes)
+    _label(axes, points)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     plt.close(figure)
     return figure
+
+
+def _plain_numbers(axes) -> None:
+    """A logarithmic y axis with numbers such as 3 instead of powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y", linewidth=0.3)
+
+
+def _label(axes, points: Sequence[tuple[str, str, float, float]], apart: float = 11, near: float = 190) -> None:
+    """Names beside the points, moved up until they are so many points apart from those below that are near."""
+    scale = 72 / axes.figure.dpi
+    placed = []
+    for label, family, x, y in sorted(points, key=lambda point: point[3]):
+        at_x, at_y = axes.transData.transform((x, y)) * scale
+        height = at_y
+        for other_x, other_height in placed:
+            if abs(other_x - at_x) < near:
+                height = max(height, other_height + apart)
+        placed.append((at_x, height))
+        place = {"textcoords": "offset points", "fontsize": 7.5, "va": "center", "color": FAMILIES[family]}
+        axes.annotate(label, (x, y), (7, height - at_y), **place)
 
 
 def training(lines: Mapping[str, Sequence[tuple[int, float]]], *, teacher: float | None = None):
@@ -139,8 +165,8 @@ def training(lines: Mapping[str, Sequence[tuple[int, float]]], *, teacher: float
     if teacher:
         axes.axhline(teacher, color="grey", linestyle="--", linewidth=1, label="teacher")
     axes.set(xlabel="training step", ylabel="FD-glyph (lower is better)", yscale="log")
+    _plain_numbers(axes)
     axes.legend(frameon=False)
-    axes.grid(axis="y", which="both", linewidth=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     plt.close(figure)
     return figure
