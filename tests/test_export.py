@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sparsedm
-import sparsedm.__main__ as command_line
-from sparsedm import export, kernels, layers, nm, packed
+from sparsedm import cli, export, kernels, layers, nm, packed
 from sparsedm.models import zoo
 
 STATES = ["dense", "sparse training", "folded", "packed"]
@@ -396,7 +395,7 @@ def cli(tmp_path, monkeypatch, capsys):
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sparsedm", "export", *arguments])
         with pytest.raises(SystemExit) as ended:
-            command_line.main()
+            cli.main()
         return (ended.value.code or 0, *capsys.readouterr())
 
     return run
