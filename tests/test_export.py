@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sparsedm
-from sparsedm import cli, export, kernels, layers, nm, packed
+from sparsedm import export, kernels, layers, nm, packed
+from sparsedm.cli import main
 from sparsedm.models import zoo
 
 STATES = ["dense", "sparse training", "folded", "packed"]
@@ -395,7 +396,7 @@ def cli(tmp_path, monkeypatch, capsys):
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sparsedm", "export", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         return (ended.value.code or 0, *capsys.readouterr())
 
     return run
