@@ -1,0 +1,114 @@
+"""The notebooks' figures show what they are given."""
+
+import base64
+import io
+import sys
+
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from PIL import Image
+
+from sparsedm import diffpruning, nm, plots
+
+
+def crosses(axes) -> set[tuple[int, int]]:
+    """(row, column) of the entries that are marked as pruned."""
+    return {(int(line.get_ydata()[0]), int(line.get_xdata()[0])) for line in axes.lines if line.get_marker() == "x"}
+
+
+def colours(bars) -> list[str]:
+    return [to_hex(bar.get_facecolor()) for bar in bars]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:8", "4:4"])
+def test_groups_of_a_linear_weight_mark_the_pruned_entries(pattern):
+    weight = torch.randn(20, 32)
+    axes = plots.groups(weight, pattern, rows=3, columns=16).axes[0]
+    pruned = (~nm.mask(weight, pattern))[:3, :16].nonzero().tolist()
+    assert crosses(axes) == set(map(tuple, pruned))
+    assert axes.images[0].get_array().tolist() == weight[:3, :16].tolist()
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("input feature", "output feature")
+
+
+def test_groups_of_a_convolution_run_along_the_channels_of_each_kernel_position():
+    weight = torch.randn(5, 8, 2, 3)
+    axes = plots.groups(weight, "2:4").axes[0]
+    mask = nm.mask(weight, "2:4")[0]
+    assert crosses(axes) == {(y * 3 + x, c) for c in range(8) for y in range(2) for x in range(3) if not mask[c, y, x]}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0, 0", "0, 1", "0, 2", "1, 0", "1, 1", "1, 2"]
+
+
+def test_groups_wider_than_asked_are_shown_whole():
+    axes = plots.groups(torch.randn(8, 64), "16:32", columns=8).axes[0]
+    assert axes.images[0].get_array().shape == (8, 32)
+
+
+def test_sliders_redraw_and_never_ask_for_more_than_there_is():
+    explorer = plots.group_explorer(torch.randn(8, 16), "3:4")
+    m, n, picture = explorer.children
+    assert m.options == (2, 4, 8, 16)
+    before = picture.value
+    m.value = 2
+    assert (n.value, n.max) == (2, 2) and picture.value != before
+    m.value, n.value = 16, 5
+    assert (n.value, n.max) == (5, 16)
+
+
+def test_the_sliders_bring_a_still_picture_for_pages_that_do_not_run_them():
+    explorer = plots.group_explorer(torch.randn(8, 16))
+    bundle = explorer._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert Image.open(io.BytesIO(base64.b64decode(bundle["image/png"]))).width > 100
+
+
+def test_without_ipywidgets_there_is_a_figure(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    assert isinstance(plots.group_explorer(torch.randn(8, 16)), Figure)
+
+
+def test_thresholds_cut_off_where_the_importance_stops(make_model):
+    model = make_model("unet")
+    images, labels = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.long)
+    model.register_to_config(noise_schedule={"num_train_timesteps": 20, "prediction_type": "v_prediction", "beta_end": 0.9})
+    losses = [state.loss for state in diffpruning.importance(model, images, labels, threshold=0)]
+    stopped = [state.timestep for state in diffpruning.importance(model, images, labels, threshold=0.5)][-1]
+    assert 0 < stopped < 19
+    legend = plots.timesteps(losses, (0.5,)).axes[0].get_legend()
+    assert legend.get_texts()[0].get_text() == f"T = 0.5: t < {stopped}"
+
+
+def test_a_threshold_that_is_never_reached_keeps_all_timesteps():
+    legend = plots.timesteps([3.0, 2.0, 1.0], (0.1,)).axes[0].get_legend()
+    assert legend.get_texts()[0].get_text() == "T = 0.1: t < 3"
+
+
+def test_channels_are_sorted_and_the_pruned_ones_pale():
+    figure = plots.channels({"a": torch.tensor([1.0, 4.0, 2.0, 3.0]), "b": torch.tensor([1.0, 2.0])}, {"a": {1, 2}, "b": {0, 1}})
+    bars = figure.axes[0].patches
+    assert [bar.get_height() for bar in bars] == [4, 3, 2, 1]
+    assert colours(bars) == [plots.SPARSE_INK, plots.PRUNED, plots.SPARSE_INK, plots.PRUNED]
+    assert colours(figure.axes[1].patches) == [plots.SPARSE_INK] * 2
+
+
+def test_a_matrix_shows_its_shares():
+    axes = plots.matrix([[1, 0.5], [0.25, 1]], ["one", "two"], label="in common").axes[0]
+    assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
+        ((0, 0), "100.0%"), ((1, 0), "50.0%"), ((0, 1), "25.0%"), ((1, 1), "100.0%"),
+    }  # fmt: skip
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["one", "two"]
+
+
+def test_lines_take_words_for_places():
+    axes = plots.lines({"kept": (["1:2", "2:4"], [0.8, 0.9])}, xlabel="pattern", ylabel="share").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1:2", "2:4"]
+
+
+def test_lines_have_a_place_for_zero_on_a_logarithmic_axis():
+    figure = plots.lines({"a": ([0, 0.01, 1], [3, 2, 1])}, xlabel="x", ylabel="y", xscale="symlog", marks={"here": 0.1})
+    axes = figure.axes[0]
+    assert axes.get_xticks().tolist() == [0, 0.01, 0.1, 1]
+    places = axes.transData.transform([(x, 0) for x in (0, 0.01, 0.1, 1)])[:, 0]
+    assert places[0] > axes.get_window_extent().x0 and all(places[i] < places[i + 1] for i in range(3))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "here"]
