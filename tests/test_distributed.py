@@ -27,9 +27,10 @@ sparsedm.sparsify(student, "2:4")
 options = dict(steps=6, batch_size=8, lr=1e-3, teacher_weight=0.5, checkpoint_every=2, clip=0.1)
 for state in sparsedm.finetune(student, teacher, "digits", out=sys.argv[1] + "/train", **options):
     if len(sys.argv) > 2 and state.step == int(sys.argv[2]):
-        sys.exit()
-rank = PartialState().process_index
-sparsedm.save(sparsedm.fold(student), f"{sys.argv[1]}/model{rank}")
+        break
+else:
+    sparsedm.save(sparsedm.fold(student), f"{sys.argv[1]}/model{PartialState().process_index}")
+PartialState().destroy_process_group()
 """
 
 

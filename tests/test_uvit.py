@@ -217,6 +217,6 @@ def test_gradient_checkpointing_recomputes_the_blocks():
     model = UViTModel(sample_size=8, in_channels=1, embed_dim=16, depth=2, num_heads=2).train()
     model.enable_gradient_checkpointing()
     calls = []
-    model.mid_block.register_forward_hook(lambda *args: calls.append(1))
+    model.mid_block.register_forward_pre_hook(lambda *args: calls.append(1))
     model(torch.randn(2, 1, 8, 8), 3).sample.square().mean().backward()
     assert len(calls) == 2 and all(p.grad is not None for p in model.parameters())

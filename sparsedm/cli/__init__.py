@@ -1,5 +1,6 @@
 """The command line: `python -m sparsedm COMMAND --help`."""
 
+import torch
 import typer
 
 from . import artefacts, experiments, training
@@ -21,3 +22,6 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(1) from error
+    finally:
+        if torch.distributed.is_initialized():  # else its threads may abort the process at its end
+            torch.distributed.destroy_process_group()
