@@ -118,8 +118,7 @@ def outcome(found: dict, as_json: bool, text: str) -> None:
     print(json.dumps(found) if as_json else text)
 
 
-def free(out: Path) -> Path:
-    """`out`, unless something is there."""
+def free(out: Path) -> None:
+    """Raise ValueError if something is at `out`."""
     if out.exists():
         raise ValueError(f"{out} is there already; choose another name or remove it")
-    return out

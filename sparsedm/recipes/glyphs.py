@@ -84,15 +84,11 @@ def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, fl
     add("diffpruned", "Diff-Pruning", 3, True, prune=pruned())
     add("2x4-srste", "2:4, SR-STE without teacher", 3, pattern="2:4")
     add("2x4-asp", "2:4, ASP (first masks kept)", pattern="2:4", sparsify={"frozen": True})
-    add(
-        "scratch",
-        "pruned shape from scratch",
-        watch=True,
-        prune={"ratio": half, "round_to": 4, "score": "random", "reinit": True},
-    )
-    add("magnitude", "magnitude pruning", prune={"ratio": half, "round_to": 4, "score": "magnitude"})
+    no_gradients = {"threshold": None}  # scores without gradients
+    add("scratch", "pruned shape from scratch", watch=True, prune={**pruned(score="random", **no_gradients), "reinit": True})
+    add("magnitude", "magnitude pruning", prune=pruned(score="magnitude", **no_gradients))
+    add("random", "random pruning", prune=pruned(score="random", **no_gradients))
     add("taylor", "Taylor pruning (threshold 0)", prune=pruned(threshold=0.0))
-    add("random", "random pruning", prune=pruned(score="random", threshold=None))
     add("2x4-ste", "2:4, STE without teacher", pattern="2:4", sparsify={"decay": 0.0})
     add("2x4-oneshot", "2:4, one-shot", pattern="2:4", train={})
     schedule = {**train, "pattern_schedule": progressive}
