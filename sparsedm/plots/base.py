@@ -1,0 +1,21 @@
+"""Colours, and figures of one look."""
+
+INK, SPARSE_INK, PAPER, PRUNED = "#1f3a93", "#b4491f", "#fdfaf3", "#d9cfc3"
+
+
+def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """A matplotlib figure of so many inches and its axes (an array if there are several rows or columns, as in `subplots`).
+
+    pyplot forgets it at once: a notebook would show it twice, and an app would keep them all.
+    """
+    import matplotlib.pyplot as plt
+
+    new, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+    plt.close(new)
+    return new, axes
+
+
+def open_frame(*axes) -> None:
+    """Take away the frame's upper and right sides."""
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,70 @@
+"""Lines and tables of numbers."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .base import figure, open_frame
+
+
+def curves(logs: Mapping[str, Sequence[float]], *, xlabel: str = "step", ylabel: str = "loss", smooth: int = 1):
+    """A matplotlib figure of one line per name; `smooth` is the length of a moving average."""
+    plot, axes = figure(6, 3)
+    for name, values in logs.items():
+        line = np.asarray(values, dtype=float)
+        if smooth > 1 and len(line) >= smooth:
+            line = np.convolve(line, np.ones(smooth) / smooth, mode="valid")
+        axes.plot(np.arange(len(values) - len(line), len(values)) + 1, line, label=name, linewidth=1.5)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(frameon=False)
+    open_frame(axes)
+    return plot
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence, Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    xscale: str = "linear",
+    yscale: str = "linear",
+    marks: Mapping[str, float] | None = None,
+):
+    """A matplotlib figure of one line with points per name: (xs, ys), xs numbers or words; `marks` are named vertical lines.
+
+    With `xscale` "symlog" zero has a place on a logarithmic axis, left of the smallest positive x.
+    """
+    plot, axes = figure(6, 3.2)
+    for name, (xs, ys) in series.items():
+        axes.plot(xs, ys, marker="o", markersize=4, linewidth=1.5, label=name)
+    for name, x in (marks or {}).items():
+        axes.axvline(x, color="grey", linestyle="--", linewidth=1, label=name)
+    if xscale == "symlog":
+        positive = [x for xs, _ in series.values() for x in xs if x > 0]
+        powers = 10.0 ** np.arange(np.ceil(np.log10(min(positive))), np.log10(max(positive)) + 1e-9)
+        axes.set_xscale("symlog", linthresh=min(positive), linscale=0.5)
+        axes.set_xticks([0, *powers])
+        axes.set_xlim(left=-min(positive) / 4)
+    elif xscale != "linear":  # which would put numbers in the place of words
+        axes.set_xscale(xscale)
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
+    axes.legend(frameon=False)
+    open_frame(axes)
+    return plot
+
+
+def matrix(values: Sequence[Sequence[float]], names: Sequence[str], *, label: str):
+    """A matplotlib figure of shares (0 to 1) between every two of `names`, as percentages."""
+    values, size = np.asarray(values), 1.6 + 0.75 * len(names)
+    plot, axes = figure(size + 0.6, size - 0.6)
+    least = values.min() - 0.05
+    drawn = axes.imshow(values, cmap="Blues", vmin=least, vmax=1)
+    for (y, x), value in np.ndenumerate(values):
+        color = "white" if value - least > 0.6 * (1 - least) else "black"
+        axes.text(x, y, f"{value:.1%}", ha="center", va="center", fontsize=8, color=color)
+    axes.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    plot.colorbar(drawn, label=label, format="{x:.0%}")
+    return plot

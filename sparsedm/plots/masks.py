@@ -1,0 +1,70 @@
+"""N:M masks on real weights."""
+
+import base64
+import io
+
+import numpy as np
+import torch
+
+from .. import nm
+from .base import figure
+
+
+def groups(weight: torch.Tensor, pattern: nm.NMPattern | str, *, rows: int = 8, columns: int = 16):
+    """A matplotlib figure of a weight [out, in, ...] and its magnitude mask: pruned entries are pale, lines part the groups.
+
+    Rows are the first output features of a linear weight; of a convolution the kernel positions of its first output, for the
+    groups run along the input channels of each.
+    """
+    pattern, weight = nm.NMPattern.parse(pattern), weight.detach().float().cpu()
+    kept, convolution = nm.mask(weight, pattern), weight.dim() > 2
+    shown, kept = (x[0].flatten(1).T if convolution else x[:rows] for x in (weight, kept))
+    columns = min(max(columns, pattern.m), shown.shape[1])
+    shown, kept = shown[:, :columns], kept[:, :columns]
+    largest = shown.abs().max().item() or 1.0
+    plot, axes = figure(1.6 + 0.34 * columns, 0.9 + 0.34 * len(shown))
+    drawn = axes.imshow(shown, cmap="RdBu_r", vmin=-largest, vmax=largest, alpha=kept.float() * 0.75 + 0.25)
+    for y, x in (~kept).nonzero().tolist():
+        axes.plot(x, y, marker="x", color="#999999", markersize=4, linewidth=0)
+    for edge in range(0, columns + 1, pattern.m):
+        axes.axvline(edge - 0.5, color="black", linewidth=1.2)
+    names = [str(place).strip("()") for place in np.ndindex(*weight.shape[2:])] if convolution else range(len(shown))
+    axes.set(
+        xticks=range(0, columns, min(pattern.m, 4)), yticks=range(len(shown)), yticklabels=names,
+        xlabel="input channel" if convolution else "input feature",
+        ylabel="kernel position (row, column)" if convolution else "output feature",
+        title=f"{pattern}: the {pattern.n} largest of every {pattern.m} stay, x marks the pruned",
+    )  # fmt: skip
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    plot.colorbar(drawn, label="weight")
+    return plot
+
+
+def group_explorer(weight: torch.Tensor, pattern: nm.NMPattern | str = "2:4"):
+    """Sliders for N and M over `groups`; the figure itself where there is no ipywidgets, or no front end that runs them."""
+    pattern = nm.NMPattern.parse(pattern)
+    try:
+        import ipywidgets
+    except ImportError:
+        return groups(weight, pattern)
+
+    class Explorer(ipywidgets.VBox):
+        def _repr_mimebundle_(self, **kwargs) -> dict:
+            return super()._repr_mimebundle_(**kwargs) | {"image/png": base64.b64encode(picture.value).decode()}
+
+    sizes = [m for m in (2, 4, 8, 16, 32) if weight.shape[1] % m == 0]
+    m = ipywidgets.SelectionSlider(options=sizes, value=pattern.m, description="M")
+    n = ipywidgets.IntSlider(pattern.n, 1, pattern.m, description="N", continuous_update=False)
+    picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})  # as large as it is
+
+    def draw(change: object = None) -> None:
+        n.max = m.value  # and so is n, at most
+        buffer = io.BytesIO()
+        groups(weight, nm.NMPattern(n.value, m.value)).savefig(buffer, format="png", dpi=80)
+        picture.value = buffer.getvalue()
+
+    n.observe(draw, "value")
+    m.observe(draw, "value")
+    draw()
+    return Explorer([m, n, picture])

@@ -1,0 +1,65 @@
+"""Pictures that models made, as images and in rows."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor
+
+from .base import INK, PAPER, figure
+
+
+def picture(
+    images: torch.Tensor, *, scale: int = 8, columns: int | None = None, gap: int = 1, ink: str = INK, paper: str = PAPER
+) -> Image.Image:
+    """Pictures [n, C, H, W] in [-1, 1] side by side, enlarged with nearest neighbour; one channel is ink on paper.
+
+    Args:
+        columns: pictures per row; all in one row by default.
+        gap: pixels between pictures, before enlarging.
+    """
+    pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()  # [n, H, W, C]
+    pen, ground = (np.array(ImageColor.getrgb(c)) / 255 for c in (ink, paper))
+    if pixels.shape[-1] == 1:
+        pixels = pixels * pen + (1 - pixels) * ground
+    n, height, width, _ = pixels.shape
+    columns = columns or n
+    rows = -(-n // columns)
+    canvas = np.broadcast_to(ground, (rows * (height + gap) + gap, columns * (width + gap) + gap, 3)).copy()
+    for i, tile in enumerate(pixels):
+        y, x = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        canvas[y : y + height, x : x + width] = tile
+    image = Image.fromarray((canvas * 255).round().astype(np.uint8))
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def word_card(images: torch.Tensor, *, size: tuple[int, int] = (1200, 280), ink: str = INK, paper: str = PAPER) -> Image.Image:
+    """A word's pictures [n, C, H, W] in [-1, 1] centred on paper of a fixed `size` in pixels, as large as a whole scale allows.
+
+    Of one or two rows the one is chosen that gives the larger letters. Words of any length give pictures of one size.
+    """
+    n, _, height, width = images.shape
+
+    def scale(columns: int) -> int:
+        return min(size[0] // (columns * (width + 1) + 1), size[1] // (-(-n // columns) * (height + 1) + 1))
+
+    columns = max((n, -(-n // 2)), key=scale)
+    if scale(columns) < 1:
+        raise ValueError(f"{n} pictures of {width}x{height} do not fit into {size[0]}x{size[1]} pixels")
+    word = picture(images, scale=scale(columns), columns=columns, ink=ink, paper=paper)
+    card = Image.new("RGB", size, paper)
+    card.paste(word, ((size[0] - word.width) // 2, (size[1] - word.height) // 2))
+    return card
+
+
+def rows(pictures: Mapping[str, torch.Tensor], *, ink: str = INK):
+    """A matplotlib figure with one labelled row of pictures [n, C, H, W] per name, for comparing models on the same noise."""
+    count, (n, _, height, width) = len(pictures), next(iter(pictures.values())).shape
+    size = (0.4 + 0.085 * max(map(len, pictures)) + 0.42 * n, 0.5 * count * height / width)
+    plot, axes = figure(*size, count, squeeze=False)
+    for ax, (name, images) in zip(axes[:, 0], pictures.items(), strict=True):
+        ax.imshow(picture(images, scale=4, ink=ink), interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+        ax.set_ylabel(name, rotation=0, ha="right", va="center")
+        ax.spines[:].set_visible(False)
+    return plot

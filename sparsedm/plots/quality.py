@@ -1,0 +1,84 @@
+"""Quality against cost, against training, and speed."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .base import INK, SPARSE_INK, figure, open_frame
+
+FAMILIES = {"dense": INK, "N:M": SPARSE_INK, "pruned": "#2e7d4f", "pruned + N:M": "#8a4fa3"}
+
+
+def speed(result: Mapping):
+    """A matplotlib figure of `speed.measure_layers` or `measure_steps`: how many times faster packed is, bar by bar."""
+    lines = result["rows"]
+    plot, axes = figure(8, 0.6 + 0.34 * len(lines))
+    names = [f"{row['what']} ({row['dtype']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''})" for row in lines]
+    places = np.arange(len(lines))
+    over = [row["speedup_over_onednn"] or 0 for row in lines]
+    bars = axes.barh(places - 0.17, [row["speedup"] for row in lines], 0.3, color=SPARSE_INK, label="over PyTorch's fastest")
+    axes.barh(places + 0.17, over, 0.3, color="#c9b8a8", label="over oneDNN's layers")
+    axes.bar_label(bars, [f"{row['speedup']:.2f}" for row in lines], padding=3, fontsize=8)
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set(yticks=places, yticklabels=names, xlabel="times faster, packed 2:4")
+    axes.invert_yaxis()
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, 1.0 + 0.5 / len(lines) + 0.06), ncols=2)
+    open_frame(axes)
+    return plot
+
+
+def tradeoff(points: Sequence[tuple[str, str, float, float]], *, xlabel: str, ylabel: str = "FD-glyph (lower is better)"):
+    """A matplotlib figure of quality against cost: points are (label, one of `FAMILIES`, cost, FD), the FD on a log scale."""
+    plot, axes = figure(8, 5)
+    for family, color in FAMILIES.items():
+        chosen = [point for point in points if point[1] == family]
+        if chosen:
+            axes.scatter([p[2] for p in chosen], [p[3] for p in chosen], color=color, label=family, zorder=3)
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
+    axes.margins(x=0.05)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + 0.4 * (right - left))  # room for labels
+    _plain_numbers(axes)
+    _label(axes, points)
+    axes.legend(frameon=False)
+    open_frame(axes)
+    return plot
+
+
+def _plain_numbers(axes) -> None:
+    """A logarithmic y axis with numbers such as 3 instead of powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y", linewidth=0.3)
+
+
+def _label(axes, points: Sequence[tuple[str, str, float, float]], apart: float = 11, near: float = 190) -> None:
+    """Names beside the points, moved up until they are so many points apart from those below that are near."""
+    scale = 72 / axes.figure.dpi
+    placed = []
+    for label, family, x, y in sorted(points, key=lambda point: point[3]):
+        at_x, at_y = axes.transData.transform((x, y)) * scale
+        height = at_y
+        for other_x, other_height in placed:
+            if abs(other_x - at_x) < near:
+                height = max(height, other_height + apart)
+        placed.append((at_x, height))
+        place = {"textcoords": "offset points", "fontsize": 7.5, "va": "center", "color": FAMILIES[family]}
+        axes.annotate(label, (x, y), (7, height - at_y), **place)
+
+
+def training(lines: Mapping[str, Sequence[tuple[int, float]]], *, teacher: float | None = None):
+    """A matplotlib figure of quality over training: (step, FD) points by name; `teacher` draws a line at its FD."""
+    plot, axes = figure(8, 4)
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    if teacher:
+        axes.axhline(teacher, color="grey", linestyle="--", linewidth=1, label="teacher")
+    axes.set(xlabel="training step", ylabel="FD-glyph (lower is better)", yscale="log")
+    _plain_numbers(axes)
+    axes.legend(frameon=False)
+    open_frame(axes)
+    return plot
