@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -79,6 +79,11 @@ def _asked(model: nn.Module, n: int, dataset: str) -> Callable[[int, int], dict]
 def samples_file(folder: Path, protocol: Protocol) -> Path:
     """Where `sample` keeps the pictures."""
     return folder / f"samples-{protocol.sampler}{protocol.steps}-{protocol.seed}.safetensors"
+
+
+def sampled(folder: Path, protocol: Protocol, n: int) -> torch.Tensor:
+    """The first n pictures [n, C, H, W] that `sample` left in `folder`, in [-1, 1]. Raises OSError if there are none."""
+    return data.to_float(load_file(samples_file(folder, protocol))["images"][:n])
 
 
 def _saved(path: Path, settings: dict[str, str]) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from . import data, diffpruning, diffusion, distill, evaluation, layers, macs, metrics, nm, structure
+from . import data, diffpruning, diffusion, distill, evaluation, layers, macs, metrics, nm, plots, structure
 from .evaluation import Progress
 from .files import replacing
 from .models import classifier, zoo
@@ -28,6 +28,7 @@ from .runlog import RunLog, read
 
 IMPORTANCE_PICTURES = 128  # as many as the Diff-Pruning code takes of CIFAR-10
 RESULTS_FILE = "results.json"
+KEPT = 36  # pictures that are shown with a stored result: one of each character
 WATCH_PICTURES = metrics.MIN_SAMPLES["fd"]
 
 
@@ -86,6 +87,7 @@ def reproduce(
         _write_json(folder / RESULTS_FILE, results)
     if bundle:
         _write_json(RESULTS / f"{run}.json", results)
+        _keep_pictures(folder, protocol, RESULTS / f"{run}.png")
         if chosen.bundle and not seed:
             zoo.save(zoo.load(folder / "model"), zoo.ASSETS / name, torch.float16, card=card(name, results))
     yield Progress("done", 1, 1, json.dumps(results["scores"]))
@@ -118,6 +120,13 @@ def _make(chosen: Recipe, out: Path, folder: Path, settings: dict, seed: int) ->
             if line := log.add(state):
                 yield Progress("train", state.step, state.steps, f"loss {line['loss']:.4f}")
     return layers.fold(model)
+
+
+def _keep_pictures(folder: Path, protocol: Protocol, path: Path) -> None:
+    """Write the first of the scored pictures, two rows of `KEPT` / 2, as a small PNG."""
+    few = plots.picture(evaluation.sampled(folder, protocol, KEPT), scale=1, columns=KEPT // 2)
+    with replacing(path) as temporary:
+        few.quantize(64).save(temporary, "PNG", optimize=True)
 
 
 def _at(folder: Path, step: int) -> Path:

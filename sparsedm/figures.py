@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from . import evaluation, plots, results
 from .results import Row
@@ -44,14 +43,14 @@ def draw(base: str, folder: Path, runs: Path | None = None) -> Iterator[Path]:
 def against_macs(rows: list[Row]):
     """Quality against the share of the teacher's MACs."""
     whole = _teacher(rows).macs
-    points = [(row.recipe.method, _family(row), row.macs / whole, row.fd) for row in rows]
+    points = [(row.recipe.method, family(row), row.macs / whole, row.fd) for row in rows]
     return plots.tradeoff(points, xlabel="MACs per picture and step, as a share of the dense model's")
 
 
 def against_latency(rows: list[Row]):
     """Quality against the measured time of a step, as a share of the teacher's."""
-    points = [(row.recipe.method, _family(row), 1 / row.speedup, row.fd) for row in rows if row.speedup]
-    points += [(row.recipe.method, "dense", 1.0, row.fd) for row in rows if _family(row) == "dense"]
+    points = [(row.recipe.method, family(row), 1 / row.speedup, row.fd) for row in rows if row.speedup]
+    points += [(row.recipe.method, "dense", 1.0, row.fd) for row in rows if family(row) == "dense"]
     return plots.tradeoff(points, xlabel="measured time of a step, as a share of the dense model's")
 
 
@@ -72,7 +71,7 @@ def pictures(base: str, runs: Path) -> dict[str, torch.Tensor]:
     for row in results.load("short", base):
         path = evaluation.samples_file(runs / row.name, row.recipe.protocol)
         if row.name.removeprefix(f"{base}-short-") in METHODS and path.exists():
-            found[row.recipe.method] = load_file(path)["images"][:GRID].float() / 127.5 - 1
+            found[row.recipe.method] = evaluation.sampled(runs / row.name, row.recipe.protocol, GRID)
     return found
 
 
@@ -80,7 +79,7 @@ def _teacher(rows: list[Row]) -> Row:
     return next(row for row in rows if row.name in results.teachers())
 
 
-def _family(row: Row) -> str:
+def family(row: Row) -> str:
     if row.recipe.prune:
         return "pruned + N:M" if row.recipe.pattern else "pruned"
     return "N:M" if row.recipe.pattern else "dense"

@@ -45,7 +45,7 @@ class NMPattern:
         return self.n / self.m
 
 
-def _grouped(weight: torch.Tensor, m: int) -> torch.Tensor:
+def grouped(weight: torch.Tensor, m: int) -> torch.Tensor:
     """View [out, in, ...] as [out, in / m, m, rest]. Raises ValueError when `in` is not a multiple of m."""
     if weight.dim() < 2:
         raise ValueError(f"an N:M weight has at least two axes (out, in), this one has shape {tuple(weight.shape)}")
@@ -67,7 +67,7 @@ def mask(weight: torch.Tensor, pattern: NMPattern | str) -> torch.Tensor:
         ValueError: the weight has no axis 1, or its length is not a multiple of M.
     """
     pattern = NMPattern.parse(pattern)
-    groups = _grouped(weight.detach(), pattern.m)
+    groups = grouped(weight.detach(), pattern.m)
     if pattern.n == pattern.m:
         return torch.ones_like(weight, dtype=torch.bool)
     keep = (_keep_by_pairs if pattern.m <= _PAIRWISE_MAX_M else _keep_by_selection)(_magnitude(groups), pattern.n)
@@ -116,13 +116,13 @@ def _keep_by_sorting(magnitude: torch.Tensor, n: int) -> torch.Tensor:
 def ways(weight: torch.Tensor, pattern: NMPattern) -> dict[str, Callable[[], torch.Tensor]]:
     """The ways to find a mask, for benchmarks and tests: each a function of nothing, all with the same result."""
     found = {"pairs": _keep_by_pairs, "selection": _keep_by_selection, "sorting": _keep_by_sorting}
-    return {name: lambda way=way: way(_magnitude(_grouped(weight, pattern.m)), pattern.n) for name, way in found.items()}
+    return {name: lambda way=way: way(_magnitude(grouped(weight, pattern.m)), pattern.n) for name, way in found.items()}
 
 
 def verify(weight: torch.Tensor, pattern: NMPattern | str) -> int:
     """How many groups of `weight` hold more than N nonzeros (0: the weight is N:M sparse)."""
     pattern = NMPattern.parse(pattern)
-    return int(((_grouped(weight.detach(), pattern.m) != 0).sum(2) > pattern.n).sum())
+    return int(((grouped(weight.detach(), pattern.m) != 0).sum(2) > pattern.n).sum())
 
 
 def detect(weight: torch.Tensor) -> NMPattern | None:
@@ -137,7 +137,7 @@ def detect(weight: torch.Tensor) -> NMPattern | None:
         return None
     best = None
     for m in (m for m in range(2, MAX_M + 1) if weight.shape[1] % m == 0):
-        n = int(_grouped(nonzero, m).sum(2).max())
+        n = int(grouped(nonzero, m).sum(2).max())
         if n < m and (best is None or n / m < best.density):
             best = NMPattern(n, m)
     return best

@@ -19,3 +19,13 @@ def open_frame(*axes) -> None:
     """Take away the frame's upper and right sides."""
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
+
+
+def plain_numbers(axes) -> None:
+    """A logarithmic y axis with numbers such as 3 instead of powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y", linewidth=0.3)

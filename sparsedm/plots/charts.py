@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .base import figure, open_frame
+from .base import INK, PRUNED, SPARSE_INK, figure, open_frame, plain_numbers
 
 
 def curves(logs: Mapping[str, Sequence[float]], *, xlabel: str = "step", ylabel: str = "loss", smooth: int = 1):
@@ -18,6 +18,21 @@ def curves(logs: Mapping[str, Sequence[float]], *, xlabel: str = "step", ylabel:
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False)
     open_frame(axes)
+    return plot
+
+
+def live(terms: Mapping[str, Sequence[float]], steps: Sequence[int], flips: Sequence[float]):
+    """A matplotlib figure of a run so far: loss terms of every step, and the share of mask entries changed up to `steps`."""
+    plot, (loss, changed) = figure(9, 2.9, 1, 2)
+    for (name, values), color in zip(terms.items(), (INK, SPARSE_INK, PRUNED)):
+        loss.plot(range(1, len(values) + 1), values, label=name, color=color, linewidth=1.3)
+    loss.set(xlabel="step", ylabel="loss", yscale="log")
+    plain_numbers(loss)
+    loss.legend(frameon=False)
+    changed.plot(steps, flips, color=SPARSE_INK, marker="o", markersize=3, linewidth=1.3)
+    changed.set(xlabel="step", ylabel="mask entries changed", ylim=(0, None), xlim=loss.get_xlim())
+    changed.yaxis.set_major_formatter("{x:.2%}")
+    open_frame(loss, changed)
     return plot
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from .. import nm
-from .base import figure
+from .base import PRUNED, SPARSE_INK, figure, open_frame
 
 
 def groups(weight: torch.Tensor, pattern: nm.NMPattern | str, *, rows: int = 8, columns: int = 16):
@@ -38,6 +38,31 @@ def groups(weight: torch.Tensor, pattern: nm.NMPattern | str, *, rows: int = 8, 
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     plot.colorbar(drawn, label="weight")
+    return plot
+
+
+def group_counts(weight: torch.Tensor, pattern: nm.NMPattern | str):
+    """A matplotlib figure: how many groups of a weight [out, in, ...] hold 0, 1, ... M of its largest N/M share.
+
+    If all held N, the pattern would cost nothing. Raises ValueError when `in` is not a multiple of M.
+    """
+    pattern = nm.NMPattern.parse(pattern)
+    size = weight.detach().float().cpu().abs()
+    kept = torch.zeros(size.numel(), dtype=torch.long)
+    kept[size.flatten().topk(round(size.numel() * pattern.density)).indices] = 1
+    held = nm.grouped(kept.reshape(size.shape), pattern.m).sum(2).flatten()
+    share = torch.bincount(held, minlength=pattern.m + 1) / len(held)
+    plot, axes = figure(max(4.6, 1.4 + 0.2 * pattern.m), 3.2)
+    colors = [SPARSE_INK if count == pattern.n else PRUNED for count in range(pattern.m + 1)]
+    bars = axes.bar(range(pattern.m + 1), share, color=colors)
+    if pattern.m <= 8:
+        axes.bar_label(bars, [f"{part:.0%}" for part in share], fontsize=8)
+    axes.set(
+        xticks=range(0, pattern.m + 1, max(1, pattern.m // 8)), ylabel="share of the groups",
+        xlabel=f"largest {pattern.density:.0%} of the layer in a group of {pattern.m}",
+    )  # fmt: skip
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    open_frame(axes)
     return plot
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .base import INK, SPARSE_INK, figure, open_frame
+from .base import INK, SPARSE_INK, figure, open_frame, plain_numbers
 
 FAMILIES = {"dense": INK, "N:M": SPARSE_INK, "pruned": "#2e7d4f", "pruned + N:M": "#8a4fa3"}
 
@@ -12,7 +12,7 @@ FAMILIES = {"dense": INK, "N:M": SPARSE_INK, "pruned": "#2e7d4f", "pruned + N:M"
 def speed(result: Mapping):
     """A matplotlib figure of `speed.measure_layers` or `measure_steps`: how many times faster packed is, bar by bar."""
     lines = result["rows"]
-    plot, axes = figure(8, 0.6 + 0.34 * len(lines))
+    plot, axes = figure(8, 1 + 0.34 * len(lines))
     names = [f"{row['what']} ({row['dtype']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''})" for row in lines]
     places = np.arange(len(lines))
     over = [row["speedup_over_onednn"] or 0 for row in lines]
@@ -22,7 +22,7 @@ def speed(result: Mapping):
     axes.axvline(1, color=INK, linewidth=1)
     axes.set(yticks=places, yticklabels=names, xlabel="times faster, packed 2:4")
     axes.invert_yaxis()
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, 1.0 + 0.5 / len(lines) + 0.06), ncols=2)
+    plot.legend(frameon=False, loc="outside upper center", ncols=2)
     open_frame(axes)
     return plot
 
@@ -38,21 +38,11 @@ def tradeoff(points: Sequence[tuple[str, str, float, float]], *, xlabel: str, yl
     axes.margins(x=0.05)
     left, right = axes.get_xlim()
     axes.set_xlim(left, right + 0.4 * (right - left))  # room for labels
-    _plain_numbers(axes)
+    plain_numbers(axes)
     _label(axes, points)
     axes.legend(frameon=False)
     open_frame(axes)
     return plot
-
-
-def _plain_numbers(axes) -> None:
-    """A logarithmic y axis with numbers such as 3 instead of powers of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(axis="y", linewidth=0.3)
 
 
 def _label(axes, points: Sequence[tuple[str, str, float, float]], apart: float = 11, near: float = 190) -> None:
@@ -78,7 +68,7 @@ def training(lines: Mapping[str, Sequence[tuple[int, float]]], *, teacher: float
     if teacher:
         axes.axhline(teacher, color="grey", linestyle="--", linewidth=1, label="teacher")
     axes.set(xlabel="training step", ylabel="FD-glyph (lower is better)", yscale="log")
-    _plain_numbers(axes)
+    plain_numbers(axes)
     axes.legend(frameon=False)
     open_frame(axes)
     return plot

@@ -1,0 +1,1 @@
+"""The Gradio app's rooms: what each tab checks, computes and says. `app.py` opens it; nothing else imports it."""

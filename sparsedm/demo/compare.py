@@ -1,0 +1,240 @@
+"""The tab "Compare": two models side by side, timed in turn."""
+
+import functools
+import html
+import random
+from collections.abc import Iterator
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from .. import data, diffusion, latency, metrics, plots
+from . import race
+from .models import Catalogue, Variant
+from .race import Lane, Order
+
+EXAMPLES = (
+    ("SPARSE", "glyphs-uvit", "glyphs-uvit-2x4"),
+    ("PRUNED", "glyphs-unet", "glyphs-unet-diffpruned"),
+    ("24OF4", "glyphs-uvit-2x4", "glyphs-uvit@2:4"),
+    ("DIFFUSION", "glyphs-uvit-2x4", "glyphs-unet-2x4"),
+)
+KINDS = (("a word", "word"), ("classes by number", "classes"), ("anything", "anything"))
+
+
+def si(number: float) -> str:
+    """A count with three digits and its SI prefix: 12.1 G, 80.6 M, 938 k."""
+    size, unit = next((pair for pair in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if number >= pair[0]), (1, ""))
+    number /= size
+    return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f}{unit}"
+
+
+def _counts(needed: float, executed: float) -> str:
+    return si(executed) if needed == executed else f"{si(needed)} needed, {si(executed)} executed"
+
+
+def figures(lane: Lane, order: Order) -> str:
+    """The table under a picture, as HTML; its bar is full when the side that multiplies more is done."""
+    variant, counts, timing = lane.variant, lane.variant.macs, latency.Timing(lane.seconds)
+    calls = order.n * counts.calls(len(lane.seconds), order.guidance)
+    most = max(order.left.macs.executed, order.right.macs.executed)
+    share = len(lane.seconds) / order.steps / most * 100
+    low, high = timing.spread
+    wasted = counts.executed - counts.sparse
+    bar = f"<i style='width:{counts.sparse * share:.1f}%'></i><b style='width:{wasted * share:.1f}%'></b>"
+    rows = {
+        "MACs per picture and step": _counts(counts.sparse, counts.executed),
+        "MACs so far": _counts(counts.sparse * calls, counts.executed * calls) + f"<span class='bar'>{bar}</span>",
+        "Time per step": f"<strong>{timing.median * 1e3:.1f} ms</strong> median, quartiles {low * 1e3:.1f} to {high * 1e3:.1f}",
+        "Time in total": f"{sum(lane.seconds):.2f} s in {len(lane.seconds)} of {order.steps} steps",
+        "Parameters not zero": f"{si(variant.nonzero)} of {si(variant.parameters)}",
+        "Weights in memory": f"{si(variant.bytes)}B",
+        "Layers": html.escape(variant.kernels),
+    }
+    if order.spelled:
+        read, right = reading(lane.images, order.labels)
+        rows["A classifier reads"] = f"<kbd>{read}</kbd> {right} of {len(read)} right"
+    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items()) + "</dl>"
+
+
+def reading(images: torch.Tensor, labels: torch.Tensor) -> tuple[str, int]:
+    """The characters that the classifier reads, and how many of them are those asked for."""
+    classes = metrics.read(images)
+    return "".join(data.GLYPHS[c] for c in classes), int((classes == labels).sum())
+
+
+def work_words(left: Variant, right: Variant) -> str:
+    """How many fewer MACs the right model needs than the left one, and how many it really executes."""
+    needed, executed = (1 - b / a for a, b in ((left.macs.sparse, right.macs.sparse), (left.macs.executed, right.macs.executed)))
+    needs = f"{right.title} needs **{_fewer(needed)} MACs** than {left.title}"
+    if right.macs.executed == right.macs.dense > right.macs.sparse:
+        return f"{needs}; skipping its zeros is no faster on this machine, so they are multiplied too"
+    return f"{needs}, and executes {_fewer(executed)} here"
+
+
+def _fewer(saved: float) -> str:
+    return "as many" if abs(saved) < 0.005 else f"{abs(saved) * 100:.0f} % {'fewer' if saved > 0 else 'more'}"
+
+
+def time_words(left: Lane, right: Lane) -> str:
+    """A right step's time over a left one's, in words; equal if 1 lies between the quartiles of the steps' ratios."""
+    if len(left.seconds) < 5:
+        return "Too few steps to compare their times"
+    ratios = latency.Timing(tuple(b / a for a, b in zip(left.seconds, right.seconds, strict=True)))
+    low, high = ratios.spread
+    if low <= 1 <= high:
+        words = "as much time as one on the left**, within this run's noise"
+    else:
+        words = f"{abs(1 - ratios.median) * 100:.0f} % {'less' if ratios.median < 1 else 'more'} time than one on the left**"
+    return f"A step on the right took **{words} (ratio {ratios.median:.2f}, quartiles {low:.2f} to {high:.2f})"
+
+
+def verdict(left: Lane, right: Lane, order: Order) -> str:
+    """The outcome in two or three sentences, from the figures alone (Markdown)."""
+    text = f"{work_words(left.variant, right.variant)}. {time_words(left, right)}. "
+    if order.spelled:
+        counts = [reading(lane.images, order.labels)[1] for lane in (left, right)]
+        text += (
+            f"The classifier reads **{counts[0]} of {order.n}** characters right on the left and **{counts[1]} of {order.n}** "
+        )
+        text += "on the right; "
+    return f"{text}SSIM between the two is **{_similarity(left, right):.2f}**."
+
+
+def _similarity(left: Lane, right: Lane) -> float:
+    return metrics.ssim(left.images, right.images).mean().item()
+
+
+def show(left: Lane, right: Lane, order: Order) -> tuple:
+    """Values for the page's outputs; slider, difference, SSIM and verdict wait for the last step."""
+    cards = plots.word_card(left.images), plots.word_card(right.images, ink=plots.SPARSE_INK)
+    titles = _title(order.left), _title(order.right)
+    tables = figures(left, order), figures(right, order)
+    done = len(left.seconds)
+    if done < order.steps:
+        return *titles, *cards, *tables, gr.skip(), gr.skip(), "", f"Denoising: step {done} of {order.steps} on both sides."
+    apart = (left.images - right.images).abs().mean(1, keepdim=True)  # 0 to 2
+    difference = plots.word_card(apart - 1, ink="#111111")
+    score = f"<b>{_similarity(left, right):.2f}</b><span>SSIM</span>"
+    return *titles, *cards, *tables, cards, difference, score, verdict(left, right, order)
+
+
+def _title(variant: Variant) -> str:
+    return f"<h2>{html.escape(variant.title)}</h2>"
+
+
+def said(error: Exception) -> gr.Error:
+    """What a person is told about an order that was refused."""
+    message = html.escape(f"{error}.", quote=False)
+    return gr.Error(message[0].upper() + message[1:], print_exception=False)
+
+
+def compare(catalogue: Catalogue, text, left, right, seed, steps, sampler, guidance, kind="word") -> Iterator[tuple]:
+    """Draw the same with two models from the same noise, step by step in turn; the last of the streamed results is complete.
+
+    `text` is a word, or class numbers, by `kind` ("word", "classes", "anything"); left and right are models' names.
+    """
+    try:
+        order = race.check(catalogue, text, left, right, seed, steps, sampler, guidance, kind)
+        for lanes in race.race(order):
+            yield show(*lanes, order)
+    except (ValueError, OSError) as error:
+        raise said(error) from error
+
+
+def build(catalogue: Catalogue, demo: gr.Blocks, left: str, right: str, job: dict) -> None:
+    """The tab; it draws its default order as soon as the page is opened. `job` are the queue's options of every heavy event."""
+    gr.HTML(
+        "<p>Two models turn the same noise into the same word and take turns, step by step, so that both are timed under the "
+        "same conditions. Type another word, or choose two other models.</p>"
+    )
+    with gr.Row(elem_classes=["order"]):
+        info = f"A-Z, 0-9, at most {race.MAX_PICTURES}"
+        text = gr.Textbox("SPARSE", label="Word", info=info, max_lines=1, scale=3, min_width=180)
+        sides = [
+            gr.Dropdown(
+                [(title, key) for key, title in catalogue.titles.items()],
+                value=key,
+                label=name,
+                info=info,
+                scale=3,
+                min_width=220,
+            )
+            for name, key, info in (("Left", left, "one model"), ("Right", right, "and its rival"))
+        ]
+        run = gr.Button("Draw", variant="primary", min_width=90)
+        again = gr.Button("New seed", min_width=90)
+    with gr.Accordion("Seed, steps, sampler, guidance, classes", open=False):
+        with gr.Row():
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=race.MAX_SEED, min_width=110)
+            steps = gr.Slider(1, race.MAX_STEPS, 25, step=1, label="Steps", buttons=[])
+            sampler = gr.Dropdown(list(diffusion.SAMPLERS), value="ddim", label="Sampler", min_width=120)
+            guidance = gr.Slider(0, race.MAX_GUIDANCE, 0, step=0.1, label="Guidance", buttons=[])
+        kind = gr.Radio(KINDS, value="word", label="Draw", info="Models that do not draw letters take classes or anything.")
+    summary = gr.Markdown("Loading the models.", label="Verdict", elem_id="verdict")
+    with gr.Row():
+        lanes = [_column(side) for side in ("left", "right")]
+    titles, pictures, tables = zip(*lanes, strict=True)
+    gr.HTML(
+        "<h2>One over the other</h2><p>Drag the handle: left of it is the left model's picture. Below is where they differ.</p>"
+    )
+    with gr.Row(elem_id="difference"):
+        with gr.Column(scale=5, min_width=280):
+            slider = gr.ImageSlider(show_label=False, label="Left against right", format="png", buttons=[])
+            apart = gr.Image(label="Difference", show_label=False, format="png", buttons=[], alt_text="Where the two differ")
+        score = gr.HTML(label="SSIM", elem_id="ssim")
+    outputs = [*titles, *pictures, *tables, slider, apart, score, summary]
+    inputs = [text, *sides, seed, steps, sampler, guidance, kind]
+    event = {"fn": functools.partial(compare, catalogue), "inputs": inputs, "outputs": outputs, **job}
+    triggers = [demo.load, run.click, text.submit, *(side.input for side in sides)]
+    about = " ".join(compare.__doc__.split())
+    gr.on(triggers, **event, api_name="compare", api_description=about, trigger_mode="always_last")
+    rolled = again.click(lambda: random.randrange(10_000), None, seed, api_visibility="private", queue=False)
+    rolled.then(**event, api_visibility="private")
+    gr.Markdown("Try:", elem_id="try")
+    with gr.Row(elem_id="examples"):
+        for word, *keys in EXAMPLES:
+            title = f"{word}: {' against '.join(catalogue.titles[key] for key in keys)}"
+            button = gr.Button(title, size="sm", variant="secondary", min_width=200)
+            chosen = button.click(lambda *values: values, [gr.State(word), *map(gr.State, keys)], [text, *sides],
+                                  api_visibility="private", queue=False)  # fmt: skip
+            chosen.then(**event, api_visibility="private")
+
+
+def _column(side: str) -> tuple[gr.HTML, gr.Image, gr.HTML]:
+    with gr.Column(elem_classes=["side", side], min_width=320):
+        title = gr.HTML(f"<h2>{side.title()}</h2>", label=f"{side}: model")
+        alt = f"What the model on the {side} draws"
+        picture = gr.Image(label=side, show_label=False, format="png", buttons=["download"], alt_text=alt)
+        return title, picture, gr.HTML(label=f"{side}: figures", elem_classes=["figures"])
+
+
+def generate(catalogue: Catalogue, text, model, seed, steps, sampler, guidance, kind) -> tuple[Image.Image, dict]:
+    """Draw with one model: the picture, and what it took."""
+    try:
+        order = race.check(catalogue, text, model, model, seed, steps, sampler, guidance, kind)
+        lane = race.alone(order)
+    except (ValueError, OSError) as error:
+        raise said(error) from error
+    timing = latency.Timing(lane.seconds)
+    facts = {
+        "model": model, "pictures": order.n, "steps": order.steps, "ms_per_step": timing.median * 1e3,
+        "macs_per_picture_and_step": order.left.macs.sparse, "macs_executed": order.left.macs.executed,
+    }  # fmt: skip
+    if order.spelled:
+        facts["read"], facts["right"] = reading(lane.images, order.labels)
+    return plots.word_card(lane.images), facts
+
+
+def offer_generate(catalogue: Catalogue, job: dict) -> None:
+    """An endpoint for scripts alone; components that are never shown give it its types."""
+    with gr.Row(visible=False):
+        text, model = gr.Textbox(label="text"), gr.Textbox("glyphs-uvit-2x4", label="model")
+        seed, steps = gr.Number(0, label="seed"), gr.Number(25, label="steps")
+        sampler, guidance = gr.Textbox("ddim", label="sampler"), gr.Number(0, label="guidance")
+        kind, run = gr.Textbox("word", label="kind"), gr.Button()
+        outputs = [gr.Image(label="picture", format="png"), gr.JSON(label="facts")]
+    about = " ".join(generate.__doc__.split())
+    run.click(functools.partial(generate, catalogue), [text, model, seed, steps, sampler, guidance, kind], outputs,
+              api_name="generate", api_description=about, **job)  # fmt: skip

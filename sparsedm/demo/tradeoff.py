@@ -1,0 +1,98 @@
+"""The tab "Trade-off": quality against MACs and against measured time, of all stored results."""
+
+import gradio as gr
+from PIL import Image
+
+from .. import figures, results
+from . import checks, scatter
+from .compare import said
+from .models import BASES
+
+SUITES = {"headline": "long training", "short": "every method, short training"}
+COSTS = {"macs": "MACs", "time": "measured time of a step"}
+
+
+def points(base: str, suite: str, cost: str) -> list[scatter.Point]:
+    """The stored results of one teacher and its students; without those whose time was not measured, if time is the cost."""
+    rows = results.load(suite, base)
+    whole = next(row.macs for row in rows if row.name in (base, *results.teachers()))
+    found = []
+    for row in rows:
+        family = figures.family(row)
+        share = row.macs / whole if cost == "macs" else 1.0 if family == "dense" else 1 / row.speedup if row.speedup else None
+        if share is not None:
+            found.append(scatter.Point(row.name, row.recipe.method, family, share, row.fd))
+    return found
+
+
+def draw(base, suite, cost, chosen=None) -> tuple:
+    """The plot as SVG, and the results to choose from; `chosen` is ringed."""
+    try:
+        checks.one_of("backbone", base, BASES)
+        checks.one_of("suite", suite, SUITES)
+        checks.one_of("cost", cost, COSTS)
+        shown = points(base, suite, cost)
+    except ValueError as error:
+        raise said(error) from error
+    names = [point.name for point in shown]
+    chosen = chosen if chosen in names else next((name for name in names if name.endswith("-2x4")), None)
+    plot = scatter.svg(shown, f"{COSTS[cost]}, as a share of the dense model's", chosen or "")
+    return plot, gr.Dropdown([(point.label, point.name) for point in shown], value=chosen), *details(chosen)
+
+
+def details(name: str | None) -> tuple[Image.Image | None, str]:
+    """A stored result's first pictures, enlarged, and in words (Markdown) what it is and the command that makes it again."""
+    found = next((row for suite in SUITES for row in results.load(suite) if row.name == name), None)
+    if found is None:
+        return None, "Choose a point."
+    run, scores = found.runs[0], found.runs[0]["scores"]
+    lines = [
+        f"### {found.recipe.title}",
+        f"FD-glyph **{found.fd:.2f}**" + (f" (mean of {len(found.runs)} seeds)" if len(found.runs) > 1 else "")
+        + f", readability {found.mean('readability'):.1%}"
+        + (f", SSIM to the teacher {found.mean('ssim_to_base'):.3f}" if "ssim_to_base" in scores else ""),
+        f"{run['macs']['sparse'] / 1e6:.1f} M MACs per picture and step, {run['nonzero_parameters'] / 1e6:.2f} M weights not zero"
+        + (f", a step {found.speedup:.2f} times faster than the dense model's" if found.speedup else ""),
+        f"Training: {found.images:,} pictures" if found.images else "No training",
+        f"Scored on {run['protocol']['n']:,} pictures, {run['protocol']['steps']} {run['protocol']['sampler'].upper()} steps",
+        f"Made by `{run['command']}`",
+    ]  # fmt: skip
+    return _samples(name), "\n\n".join(lines)
+
+
+def _samples(name: str) -> Image.Image | None:
+    path = results.RESULTS / f"{name}.png"
+    if not path.exists():
+        return None
+    with Image.open(path) as image:
+        return image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)
+
+
+def build(tab: gr.Tab) -> None:
+    """The tab."""
+    gr.HTML(
+        "<p>Every stored result of the package's own experiments, scored by one protocol. Click a point, or choose one from the "
+        "list, to see what the model drew and the command that makes it again.</p>"
+    )
+    with gr.Row():
+        base = gr.Radio([(title, name) for name, title in BASES.items()], value="glyphs-uvit", label="Backbone", min_width=160)
+        suite = gr.Radio([(title, name) for name, title in SUITES.items()], value="headline", label="Results", min_width=220)
+        cost = gr.Radio([(title, name) for name, title in COSTS.items()], value="macs", label="Cost", min_width=220)
+    plot = gr.HTML(js_on_load=scatter.ON_LOAD, elem_id="tradeoff", label="Quality against cost")
+    with gr.Row():
+        with gr.Column(scale=3, min_width=300):
+            chosen = gr.Dropdown([], label="Result", allow_custom_value=False)
+            pictures = gr.Image(label="Pictures", show_label=False, format="png", buttons=[], alt_text="What the model drew")
+        with gr.Column(scale=2, min_width=300):
+            words = gr.Markdown(elem_id="details")
+    outputs = [plot, chosen, pictures, words]
+    private = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+    about = " ".join(draw.__doc__.split())
+    gr.on([tab.select, base.input, suite.input, cost.input], draw, [base, suite, cost, chosen], outputs,
+          queue=False, show_progress="hidden", preprocess=False, api_name="tradeoff", api_description=about)  # fmt: skip
+    chosen.input(draw, [base, suite, cost, chosen], outputs, **private)
+
+    def picked(base, suite, cost, event: gr.SelectData) -> tuple:
+        return draw(base, suite, cost, event.value)
+
+    plot.select(picked, [base, suite, cost], outputs, **private)

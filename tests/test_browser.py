@@ -1,0 +1,137 @@
+"""The page in a real browser: Playwright drives the system's Chromium; without one these tests are skipped.
+
+Screenshots of every tab go to the folder that SPARSEDM_SCREENSHOTS names.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import pytest
+
+from sparsedm.demo import page
+
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+
+WAIT = 90_000  # ms; generous, for other work may share the machine
+DONE = "document.querySelector('#verdict')?.innerText.includes('SSIM between')"
+TABS = ("Compare", "Masks", "Trade-off", "Speed here", "Fine-tune")
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
+    demo = page.build()
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **page.LOOK)
+    yield url
+    demo.close()
+    del os.environ["GRADIO_TEMP_DIR"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, url):
+    """`open_page(width, theme)`: the page after its first word; errors and requests to other places fail the test at its end."""
+    wrong, contexts = [], []
+
+    def open_one(width=1440, theme="light"):
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}))
+        sheet = contexts[-1].new_page()
+        sheet.on("pageerror", lambda error: wrong.append(str(error)))
+        sheet.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        sheet.on("request", lambda sent: None if sent.url.startswith((url, "data:", "blob:")) else wrong.append(sent.url))
+        sheet.goto(f"{url}?__theme={theme}")
+        sheet.wait_for_function(DONE, timeout=WAIT)
+        return sheet
+
+    yield open_one
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+def show(sheet, tab: str) -> None:
+    """Go to a tab, wherever the page has room for its name."""
+    button = sheet.locator(f"button[role=tab]:has-text('{tab}')").first
+    if not button.is_visible():
+        sheet.locator(".overflow-menu button").first.click()
+        button = sheet.locator(f".overflow-dropdown button:has-text('{tab}')").first
+    button.click()
+
+
+def test_a_word_is_typed_and_both_sides_move(open_page):
+    sheet = open_page()
+    pictures = sheet.locator(".side.left img"), sheet.locator(".side.right img")
+    before = [picture.first.get_attribute("src") for picture in pictures]
+    sheet.get_by_label("Word").first.fill("24OF4")
+    sheet.keyboard.press("Enter")
+    sheet.wait_for_function("document.querySelector('#verdict')?.innerText.includes('Denoising')", timeout=WAIT)
+    sheet.wait_for_function(DONE, timeout=WAIT)
+    assert all(a != picture.first.get_attribute("src") for a, picture in zip(before, pictures))
+    figures = sheet.locator(".figures").all_inner_texts()
+    assert all("25 of 25 steps" in text and "of 5 right" in text for text in figures)
+
+
+def test_the_slider_is_dragged(open_page):
+    sheet = open_page()
+    handle = sheet.locator("#difference .outer").first
+    handle.scroll_into_view_if_needed()
+    box = handle.bounding_box()
+    at = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    sheet.mouse.move(*at)
+    sheet.mouse.down()
+    sheet.mouse.move(at[0] - 150, at[1], steps=5)
+    sheet.mouse.up()
+    assert abs(handle.bounding_box()["x"] - (box["x"] - 150)) < 10
+
+
+def test_another_model_is_chosen(open_page):
+    sheet = open_page()
+    sheet.get_by_label("Right", exact=True).click()
+    sheet.get_by_role("option", name="U-ViT, Diff-Pruning").click()
+    sheet.wait_for_function("document.querySelector('.side.right h2').innerText == 'U-ViT, Diff-Pruning'", timeout=WAIT)
+    sheet.wait_for_function(DONE, timeout=WAIT)
+    assert "Diff-Pruning needs" in sheet.locator("#verdict").inner_text()
+
+
+def test_a_point_is_chosen_by_mouse_and_by_key(open_page):
+    sheet = open_page()
+    show(sheet, "Trade-off")
+    for name, choose in (
+        ("Diff-Pruning", lambda p: p.click()),
+        ("one-shot", lambda p: (p.focus(), sheet.keyboard.press("Enter"))),
+    ):
+        choose(sheet.locator(f".scatter .point[aria-label*='{name}']").first)
+        sheet.wait_for_function(f"document.querySelector('#details').innerText.includes('{name}')", timeout=WAIT)
+        assert name in sheet.locator(".scatter .chosen").get_attribute("aria-label")
+
+
+def test_masks_follow_the_slider(open_page):
+    sheet = open_page()
+    show(sheet, "Masks")
+    sheet.get_by_text("2:4 keeps").wait_for(timeout=WAIT)
+    sheet.get_by_role("radio", name="8").click()
+    sheet.get_by_text("2:8 keeps").wait_for(timeout=WAIT)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1440, 390])
+def test_every_tab_fits_the_screen(open_page, tmp_path, width, theme):
+    sheet, folder = open_page(width, theme), Path(os.environ.get("SPARSEDM_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    for tab in TABS:
+        show(sheet, tab)
+        sheet.wait_for_timeout(1500)
+        assert sheet.evaluate("document.documentElement.scrollWidth") <= width
+        sheet.screenshot(path=folder / f"{tab.replace(' ', '-').lower()}-{width}-{theme}.png", full_page=True)
