@@ -5,6 +5,8 @@ import json
 import statistics
 from dataclasses import dataclass
 
+from PIL import Image
+
 from .models import zoo
 from .recipes import RECIPES, Recipe, recipe, run_name
 
@@ -48,6 +50,12 @@ class Row:
     def speedup(self) -> float | None:
         """How many times faster than the teacher its step was measured, as it runs fastest: packed, or with fewer channels."""
         return next((row["speedup"] for row in times() if row["name"] == _timed_as(self.name)), None)
+
+
+def pictures(name: str) -> Image.Image | None:
+    """One picture of every character that the model of a stored run drew, in two rows; None if none were kept."""
+    path = RESULTS / f"{name}.png"
+    return Image.open(path).convert("RGB") if path.exists() else None
 
 
 def load(suite: str, base: str = "") -> list[Row]:

@@ -164,7 +164,7 @@ def build(catalogue: Catalogue, demo: gr.Blocks, left: str, right: str, job: dic
             for name, key, info in (("Left", left, "one model"), ("Right", right, "and its rival"))
         ]
         run = gr.Button("Draw", variant="primary", min_width=90)
-        again = gr.Button("New seed", min_width=90)
+        again = gr.Button("New seed", min_width=110)
     with gr.Accordion("Seed, steps, sampler, guidance, classes", open=False):
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=race.MAX_SEED, min_width=110)
@@ -186,7 +186,13 @@ def build(catalogue: Catalogue, demo: gr.Blocks, left: str, right: str, job: dic
         score = gr.HTML(label="SSIM", elem_id="ssim")
     outputs = [*titles, *pictures, *tables, slider, apart, score, summary]
     inputs = [text, *sides, seed, steps, sampler, guidance, kind]
-    event = {"fn": functools.partial(compare, catalogue), "inputs": inputs, "outputs": outputs, **job}
+    event = {
+        "fn": functools.partial(compare, catalogue),
+        "inputs": inputs,
+        "outputs": outputs,
+        "show_progress_on": summary,
+        **job,
+    }
     triggers = [demo.load, run.click, text.submit, *(side.input for side in sides)]
     about = " ".join(compare.__doc__.split())
     gr.on(triggers, **event, api_name="compare", api_description=about, trigger_mode="always_last")

@@ -18,7 +18,7 @@ def build(catalogue: Catalogue | None = None, left: str = "glyphs-uvit", right: 
     catalogue = catalogue or Catalogue()
     # One order at a time touches a model: two would slow each other down and spoil both times.
     job = {
-        "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden",
+        "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "full",  # the place in the queue
         "preprocess": False,  # the checks say more clearly than Gradio what is wrong
     }  # fmt: skip
     with gr.Blocks(title="sparsedm", analytics_enabled=False, delete_cache=(600, 3600)) as demo:

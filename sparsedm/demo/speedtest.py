@@ -86,5 +86,5 @@ def build(job: dict) -> None:
     file = gr.File(label="The figures as JSON", interactive=False, elem_classes=["later"])
     about = " ".join(benchmark.__doc__.split())
     event = run.click(benchmark, [base, batches, dtype, layers], [state, figure, table, file],
-                      api_name="benchmark", api_description=about, **job)  # fmt: skip
+                      api_name="benchmark", api_description=about, show_progress_on=state, **job)  # fmt: skip
     stop.click(None, cancels=[event], api_visibility="private")

@@ -57,15 +57,9 @@ def details(name: str | None) -> tuple[Image.Image | None, str]:
         f"Scored on {run['protocol']['n']:,} pictures, {run['protocol']['steps']} {run['protocol']['sampler'].upper()} steps",
         f"Made by `{run['command']}`",
     ]  # fmt: skip
-    return _samples(name), "\n\n".join(lines)
-
-
-def _samples(name: str) -> Image.Image | None:
-    path = results.RESULTS / f"{name}.png"
-    if not path.exists():
-        return None
-    with Image.open(path) as image:
-        return image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)
+    drawn = results.pictures(name)
+    enlarged = drawn and drawn.resize((drawn.width * 4, drawn.height * 4), Image.Resampling.NEAREST)
+    return enlarged, "\n\n".join(lines)
 
 
 def build(tab: gr.Tab) -> None:

@@ -167,5 +167,5 @@ def build(catalogue: Catalogue, job: dict) -> None:
         yield from tune(catalogue, request.session_hash or "", base, pattern, decay, weight, steps, word)
 
     gr.on([run.click, word.submit], train, [base, pattern, decay, weight, steps, word], [aim, now, curves, text, file],
-          api_name="finetune", api_description=" ".join(tune.__doc__.split()), **job)  # fmt: skip
+          api_name="finetune", api_description=" ".join(tune.__doc__.split()), show_progress_on=text, **job)  # fmt: skip
     halt.click(stop, None, text, queue=False, api_visibility="private")

@@ -3,12 +3,12 @@
 from .base import INK, PAPER, PRUNED, SPARSE_INK
 from .charts import curves, lines, live, matrix
 from .masks import group_counts, group_explorer, groups
-from .pictures import picture, rows, word_card
+from .pictures import picture, rows, strips, word_card
 from .pruning import channels, timesteps
 from .quality import FAMILIES, speed, tradeoff, training
 
 __all__ = [
     "FAMILIES", "INK", "PAPER", "PRUNED", "SPARSE_INK",
     "channels", "curves", "group_counts", "group_explorer", "groups", "lines", "live", "matrix", "picture", "rows", "speed",
-    "timesteps", "tradeoff", "training", "word_card",
+    "strips", "timesteps", "tradeoff", "training", "word_card",
 ]  # fmt: skip

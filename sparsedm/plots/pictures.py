@@ -54,11 +54,17 @@ def word_card(images: torch.Tensor, *, size: tuple[int, int] = (1200, 280), ink:
 
 def rows(pictures: Mapping[str, torch.Tensor], *, ink: str = INK):
     """A matplotlib figure with one labelled row of pictures [n, C, H, W] per name, for comparing models on the same noise."""
-    count, (n, _, height, width) = len(pictures), next(iter(pictures.values())).shape
-    size = (0.4 + 0.085 * max(map(len, pictures)) + 0.42 * n, 0.5 * count * height / width)
-    plot, axes = figure(*size, count, squeeze=False)
-    for ax, (name, images) in zip(axes[:, 0], pictures.items(), strict=True):
-        ax.imshow(picture(images, scale=4, ink=ink), interpolation="nearest")
+    n, _, height, width = next(iter(pictures.values())).shape
+    strips_of = {name: picture(images, scale=4, ink=ink) for name, images in pictures.items()}
+    return strips(strips_of, width=0.42 * n, height=0.5 * height / width)
+
+
+def strips(images: Mapping[str, Image.Image], *, width: float = 7.6, height: float = 1.0):
+    """A matplotlib figure with one labelled image per name, each of this size in inches."""
+    labels = 0.4 + 0.085 * max(map(len, images))
+    plot, axes = figure(labels + width, height * len(images), len(images), squeeze=False)
+    for ax, (name, image) in zip(axes[:, 0], images.items(), strict=True):
+        ax.imshow(image, interpolation="nearest")
         ax.set(xticks=[], yticks=[])
         ax.set_ylabel(name, rotation=0, ha="right", va="center")
         ax.spines[:].set_visible(False)
