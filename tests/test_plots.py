@@ -112,3 +112,25 @@ def test_lines_have_a_place_for_zero_on_a_logarithmic_axis():
     places = axes.transData.transform([(x, 0) for x in (0, 0.01, 0.1, 1)])[:, 0]
     assert places[0] > axes.get_window_extent().x0 and all(places[i] < places[i + 1] for i in range(3))
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "here"]
+
+
+def test_group_counts_are_those_of_the_largest_weights():
+    weight = torch.tensor([[8.0, 7, 6, 5, 1, 1, 1, 1], [4, 1, 1, 1, 9, 10, 11, 1]])  # the largest half: 5 to 11, and 4
+    bars = plots.group_counts(weight, "2:4").axes[0].patches
+    assert [bar.get_height() for bar in bars] == [0.25, 0.25, 0, 0.25, 0.25]
+    assert colours(bars)[2] == plots.SPARSE_INK and set(colours(bars)) == {plots.SPARSE_INK, plots.PRUNED}
+    with pytest.raises(ValueError, match="not a multiple of 3"):
+        plots.group_counts(weight, "2:3")
+
+
+def test_a_live_run_shows_terms_and_flips():
+    loss, flips = plots.live({"noise term": [3.0, 2.0, 1.0], "teacher's term": [1.0, 0.5, 0.1]}, [2, 3], [0.1, 0.05]).axes
+    assert [list(line.get_ydata()) for line in loss.lines] == [[3, 2, 1], [1, 0.5, 0.1]]
+    assert (list(flips.lines[0].get_xdata()), list(flips.lines[0].get_ydata())) == ([2, 3], [0.1, 0.05])
+
+
+def test_strips_name_every_image():
+    images = {"one": Image.new("RGB", (20, 4), "red"), "two": Image.new("RGB", (20, 4), "blue")}
+    axes = plots.strips(images).axes
+    assert [ax.get_ylabel() for ax in axes] == ["one", "two"]
+    assert axes[1].images[0].get_array()[0, 0].tolist() == [0, 0, 255]
