@@ -60,6 +60,8 @@ def reproduce(
         yield from _reproduce_classifier(Path(out, name), bundle)
         return
     chosen, run = recipe(name), run_name(name, seed)
+    if seed:
+        chosen = replace(chosen, watch=())  # one curve is enough
     if chosen.train:
         distill.TrainConfig.of({**chosen.train, **train_options})
     protocol = protocol or chosen.protocol

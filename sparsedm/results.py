@@ -141,7 +141,7 @@ def short_table(base: str) -> str:
     rows.sort(key=lambda row: (row.name not in teachers(), -round(row.macs / whole, 1), row.fd))
     head = "| method | MACs | FD-glyph ↓ | readability ↑ | SSIM to teacher ↑ | times faster |"
     caption = _caption(rows[0].runs[0]) + (
-        f" Training: {max(row.images for row in rows) // 1000} k pictures each. ±: largest deviation of three seeds."
+        f" Training: {max(row.images for row in rows) // 1000} k pictures each. ±: largest deviation of two or three seeds."
         " Times faster: one step of 16 pictures, measured, see docs/speed.md."
     )
     return "\n".join([head, "|---" * 6 + "|", *(_short_row(row, whole) for row in rows), "", caption])

@@ -73,8 +73,7 @@ def test_results_of_other_protocols_are_not_mixed(runs):
 
 
 def test_verdicts_take_the_seeds_into_account(runs):
-    found = claims.Evidence(BASE)
-    assert found.noise == pytest.approx(0.3 / 3.0333, rel=1e-3)
+    assert claims.noise() == pytest.approx(0.3 / 3.0333, rel=1e-3)
     verdict = dict(zip([claim for _, claim, _ in claims.CLAIMS], claims.verdicts(BASE), strict=True))
     helps = verdict["the teacher's term helps"]
     assert helps.word == claims.OPEN and helps.figures == "3.03 against 3.20 (2:4, SR-STE without teacher)"
