@@ -19,7 +19,8 @@ from . import dryrun, latency, layers, macs, nm, packed
 from .models import zoo
 from .recipes import recipe
 
-# Those of U-ViT-S/2 (1,028 tokens: four CIFAR-10 pictures) and of UNets with four pictures.
+# Those of U-ViT-S/2 (1,028 tokens: four CIFAR-10 pictures) and of UNets with four pictures. Linear layers are (in, out),
+# convolutions (in, out, kernel size, height and width of the maps).
 LINEAR = ((512, 2048), (2048, 512), (512, 1536))
 CONVOLUTION = ((128, 128, 3, 32), (256, 256, 3, 16), (256, 256, 3, 8), (256, 256, 1, 16))
 TOKENS, IMAGES = 1028, 4
@@ -37,25 +38,35 @@ def all_threads() -> tuple[int, ...]:
 
 
 def measure_layers(
-    dtypes: Sequence[str] = ("float32", "bfloat16"), threads: Sequence[int] = (), rounds: int = 21
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    threads: Sequence[int] = (),
+    rounds: int = 21,
+    shapes: Sequence[tuple[int, ...]] = LINEAR + CONVOLUTION,
+    tokens: int = TOKENS,
 ) -> Iterator[dict]:
-    """Times of single 2:4 layers with random weights, one row each."""
+    """Times of single 2:4 layers with random weights, one row each; `tokens` are those of the linear ones.
+
+    Raises:
+        ValueError: no kernel serves a layer on this machine (`kernels.why_not` says so beforehand).
+    """
     for count, name in itertools.product(threads or all_threads(), dtypes):
-        with with_threads(count):
-            for layer, x in _layers(getattr(torch, name)):
+        for layer, x in _layers(getattr(torch, name), shapes, tokens):
+            with with_threads(count):
                 packed_layer = packed.packed_layer(layer, "2:4")
                 variants = {**_dense_variants(layer, lambda model, x=x: model(x)), "packed": packed_layer}
                 row = _row(variants, lambda model, x=x: model(x), rounds)
-                yield {"what": _title(layer, x), "threads": count, "dtype": name, **row}
+            yield {"what": _title(layer, x), "threads": count, "dtype": name, **row}
 
 
-def _layers(dtype: torch.dtype) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+def _layers(dtype: torch.dtype, shapes: Sequence[tuple[int, ...]], tokens: int) -> Iterator[tuple[nn.Module, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    for inputs, outputs in LINEAR:
-        yield _sparse(nn.Linear(inputs, outputs)).to(dtype), torch.randn(TOKENS, inputs, generator=generator).to(dtype)
-    for inputs, outputs, kernel, size in CONVOLUTION:
-        conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
-        yield _sparse(conv).to(dtype), torch.randn(IMAGES, inputs, size, size, generator=generator).to(dtype)
+    for inputs, outputs, *spatial in shapes:
+        if spatial:
+            kernel, size = spatial
+            layer, shape = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), (IMAGES, inputs, size, size)
+        else:
+            layer, shape = nn.Linear(inputs, outputs), (tokens, inputs)
+        yield _sparse(layer).to(dtype), torch.randn(shape, generator=generator).to(dtype)
 
 
 def _sparse(layer: nn.Module) -> nn.Module:
@@ -88,9 +99,9 @@ def measure_steps(
         with with_threads(count):
             dense, fast = pair(name, getattr(torch, dtype), batch)
             pruned = _pruned(name, getattr(torch, dtype))
-            step = _step(f"{name}, batch {batch}", {"dense": dense, "packed": fast, **pruned}, batch, compiled, rounds)
-            yield {"threads": count, "dtype": dtype, **step}
+            step = compare(f"{name}, batch {batch}", {"dense": dense, "packed": fast, **pruned}, batch, compiled, rounds)
             torch.compiler.reset()
+        yield {"threads": count, "dtype": dtype, **step}
 
 
 def measure_methods(
@@ -117,12 +128,13 @@ def measure_methods(
             dense = _as(zoo.load(recipe(name).base), getattr(torch, dtype))
             fast = _as(zoo.load(folder), getattr(torch, dtype))
             fast = packed.pack(fast, batch=batch) if recipe(name).pattern else fast
-            step = _step(f"{name}, batch {batch}", {"dense": dense, "packed": fast}, batch, True, rounds)
-            yield {"name": name, "dtype": dtype, "threads": count, **step}
+            step = compare(f"{name}, batch {batch}", {"dense": dense, "packed": fast}, batch, True, rounds)
             torch.compiler.reset()
+        yield {"name": name, "dtype": dtype, "threads": count, **step}
 
 
-def _step(what: str, models: Mapping[str, nn.Module], batch: int, compiled: bool, rounds: int) -> dict:
+def compare(what: str, models: Mapping[str, nn.Module], batch: int, compiled: bool, rounds: int) -> dict:
+    """Times of one call of the models "dense", "packed" and perhaps "pruned", called `what`, as a row."""
     dense, fast = models["dense"], models["packed"]
     inputs = randomised(dryrun.example_inputs(dense, batch))
     variants = _dense_variants(dense, lambda model: model(**inputs))

@@ -134,3 +134,47 @@ def test_strips_name_every_image():
     axes = plots.strips(images).axes
     assert [ax.get_ylabel() for ax in axes] == ["one", "two"]
     assert axes[1].images[0].get_array()[0, 0].tolist() == [0, 0, 255]
+
+
+def widths(axes) -> list[list[float]]:
+    """Lengths of the bars of each series, row by row."""
+    return [[bar.get_width() for bar in series] for series in axes.containers]
+
+
+def test_bars_lie_side_by_side_with_their_numbers_and_leave_out_what_is_missing():
+    figure = plots.bars({"one": {"a": 2.0, "b": 1.0}, "two": {"a": 0.5, "b": None}}, xlabel="x", mark=1)
+    axes = figure.axes[0]
+    assert widths(axes) == [[2, 0.5], [1, 0]]
+    assert [text.get_text() for text in axes.texts] == ["2.00", "0.50", "1.00", ""]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first row is the upper one
+    places = [bar.get_y() for series in axes.containers for bar in series]
+    assert len(set(places)) == 4 and axes.lines[0].get_xdata()[0] == 1
+
+
+def test_stacked_bars_go_on_where_the_last_ended_and_small_ones_have_no_number():
+    axes = plots.bars({"one": {"a": 0.6, "b": 0.01, "c": 0.39}}, xlabel="share", stacked=True, label="{:.0%}").axes[0]
+    assert [series[0].get_x() for series in axes.containers] == pytest.approx([0, 0.6, 0.61])
+    assert [text.get_text() for text in axes.texts] == ["60%", "", "39%"]
+
+
+def test_speed_shows_both_rivals_and_the_pruned_model_where_there_is_one():
+    row = {"what": "layer", "dtype": "float32", "threads": 2, "speedup": 1.5, "speedup_over_onednn": None}
+    pruned = {**row, "what": "step", "speedup_over_onednn": 1.2, "fastest_pruned": "pruned", "speedup_pruned": 1.7}
+    axes = plots.speed({"rows": [row, pruned]}).axes[0]
+    assert widths(axes) == [[1.5, 1.5], [0, 1.2], [0, 1.7]]
+    assert axes.get_yticklabels()[0].get_text() == "layer (float32, 2 threads)"
+
+
+def test_ratios_share_a_scale_whose_middle_is_one():
+    figure = plots.ratios({"a": [[1, 2]], "b": [[0.9, 1.5]]}, ["row"], [1, 2], ylabel="y", xlabel="x")
+    first, second = (axes.images[0] for axes in figure.axes)
+    assert first.get_clim() == second.get_clim() == (0, 2)
+    assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["1.00", "2.00", "0.90", "1.50"]
+    assert [axes.get_title() for axes in figure.axes] == ["a", "b"] and figure.axes[0].get_ylabel() == "y"
+
+
+def test_levels_are_named_horizontal_lines():
+    axes = plots.lines({"a": ([1, 2], [1, 3])}, xlabel="x", ylabel="y", levels={"dense": 1.5}).axes[0]
+    assert list(axes.lines[1].get_ydata()) == [1.5, 1.5]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "dense"]

@@ -1,7 +1,7 @@
 """Every picture and figure that notebooks, app and README show."""
 
 from .base import INK, PAPER, PRUNED, SPARSE_INK
-from .charts import curves, lines, live, matrix
+from .charts import bars, curves, lines, live, matrix, ratios
 from .masks import group_counts, group_explorer, groups
 from .pictures import picture, rows, strips, word_card
 from .pruning import channels, timesteps
@@ -9,6 +9,6 @@ from .quality import FAMILIES, speed, tradeoff, training
 
 __all__ = [
     "FAMILIES", "INK", "PAPER", "PRUNED", "SPARSE_INK",
-    "channels", "curves", "group_counts", "group_explorer", "groups", "lines", "live", "matrix", "picture", "rows", "speed",
-    "strips", "timesteps", "tradeoff", "training", "word_card",
+    "bars", "channels", "curves", "group_counts", "group_explorer", "groups", "lines", "live", "matrix", "picture", "ratios",
+    "rows", "speed", "strips", "timesteps", "tradeoff", "training", "word_card",
 ]  # fmt: skip

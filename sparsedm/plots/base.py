@@ -1,6 +1,6 @@
 """Colours, and figures of one look."""
 
-INK, SPARSE_INK, PAPER, PRUNED = "#1f3a93", "#b4491f", "#fdfaf3", "#d9cfc3"
+INK, SPARSE_INK, PRUNED_INK, PAPER, PRUNED = "#1f3a93", "#b4491f", "#2e7d4f", "#fdfaf3", "#d9cfc3"
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .base import INK, PRUNED, SPARSE_INK, figure, open_frame, plain_numbers
+from .base import INK, PRUNED, PRUNED_INK, SPARSE_INK, figure, open_frame, plain_numbers
+
+BARS = (SPARSE_INK, "#c9b8a8", PRUNED_INK, INK, "#e3c26f")  # of the series of a bar chart, in turn
 
 
 def curves(logs: Mapping[str, Sequence[float]], *, xlabel: str = "step", ylabel: str = "loss", smooth: int = 1):
@@ -44,9 +46,11 @@ def lines(
     xscale: str = "linear",
     yscale: str = "linear",
     marks: Mapping[str, float] | None = None,
+    levels: Mapping[str, float] | None = None,
 ):
-    """A matplotlib figure of one line with points per name: (xs, ys), xs numbers or words; `marks` are named vertical lines.
+    """A matplotlib figure of one line with points per name: (xs, ys), xs numbers or words.
 
+    `marks` are named vertical lines, `levels` named horizontal ones.
     With `xscale` "symlog" zero has a place on a logarithmic axis, left of the smallest positive x.
     """
     plot, axes = figure(6, 3.2)
@@ -54,6 +58,8 @@ def lines(
         axes.plot(xs, ys, marker="o", markersize=4, linewidth=1.5, label=name)
     for name, x in (marks or {}).items():
         axes.axvline(x, color="grey", linestyle="--", linewidth=1, label=name)
+    for name, y in (levels or {}).items():
+        axes.axhline(y, color="grey", linestyle=":", linewidth=1, label=name)
     if xscale == "symlog":
         positive = [x for xs, _ in series.values() for x in xs if x > 0]
         powers = 10.0 ** np.arange(np.ceil(np.log10(min(positive))), np.log10(max(positive)) + 1e-9)
@@ -82,4 +88,63 @@ def matrix(values: Sequence[Sequence[float]], names: Sequence[str], *, label: st
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     plot.colorbar(drawn, label=label, format="{x:.0%}")
+    return plot
+
+
+def bars(
+    rows: Mapping[str, Mapping[str, float | None]],
+    *,
+    xlabel: str,
+    stacked: bool = False,
+    label: str = "{:.2f}",
+    mark: float | None = None,
+    colors: Sequence[str] = BARS,
+):
+    """A matplotlib figure of horizontal bars: by row, the numbers of named series, side by side or stacked.
+
+    Args:
+        label: format of the number at each bar; stacked, within it if there is room.
+        mark: place of a vertical line.
+        colors: of the series, in turn.
+    """
+    series = list(dict.fromkeys(name for values in rows.values() for name in values))
+    places, width = np.arange(len(rows)), 0.7 if stacked else 0.8 / len(series)
+    plot, axes = figure(8, 0.9 + len(rows) * (0.36 if stacked else 0.13 + 0.17 * len(series)))
+    start = np.zeros(len(rows))
+    for number, name in enumerate(series):
+        values = np.array([row.get(name) or 0.0 for row in rows.values()])
+        at = places if stacked else places + (number - (len(series) - 1) / 2) * width
+        color = colors[number % len(colors)]
+        drawn = axes.barh(at, values, width, left=start, color=color, label=name)
+        least = 0.06 * max(sum(value or 0 for value in row.values()) for row in rows.values()) if stacked else 0
+        words = [label.format(value) if value > least else "" for value in values]
+        within = {"label_type": "center", "color": "white" if color in (SPARSE_INK, INK, PRUNED_INK) else "black"}
+        axes.bar_label(drawn, words, fontsize=8, **(within if stacked else {"padding": 3}))
+        start = start + values if stacked else start
+    if mark is not None:
+        axes.axvline(mark, color=INK, linewidth=1)
+    axes.set(yticks=places, yticklabels=rows, xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
+    axes.margins(x=0 if stacked else 0.08)
+    if len(series) > 1:
+        plot.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=len(series))
+    open_frame(axes)
+    return plot
+
+
+def ratios(tables: Mapping[str, Sequence[Sequence[float]]], rows: Sequence, columns: Sequence, *, ylabel: str, xlabel: str):
+    """A matplotlib figure of tables [rows, columns] of ratios side by side, on one scale of colours around 1, which is white.
+
+    The colours end at 2, so that one wild number does not take them from the others.
+    """
+    plot, axes = figure(1 + (0.5 + 0.62 * len(columns)) * len(tables), 1.3 + 0.42 * len(rows), 1, len(tables), squeeze=False)
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        ax.imshow(table, cmap="RdBu", vmin=0, vmax=2, aspect="auto")
+        for (y, x), value in np.ndenumerate(np.asarray(table)):
+            color = "white" if abs(value - 1) > 0.6 else "black"
+            ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=9, color=color)
+        ax.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows, xlabel=xlabel)
+        ax.set_title(name, fontsize=9)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    axes[0, 0].set_ylabel(ylabel)
     return plot

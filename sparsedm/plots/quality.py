@@ -2,29 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
+from .base import INK, PRUNED_INK, SPARSE_INK, figure, open_frame, plain_numbers
+from .charts import bars
 
-from .base import INK, SPARSE_INK, figure, open_frame, plain_numbers
-
-FAMILIES = {"dense": INK, "N:M": SPARSE_INK, "pruned": "#2e7d4f", "pruned + N:M": "#8a4fa3"}
+FAMILIES = {"dense": INK, "N:M": SPARSE_INK, "pruned": PRUNED_INK, "pruned + N:M": "#8a4fa3"}
 
 
 def speed(result: Mapping):
-    """A matplotlib figure of `speed.measure_layers` or `measure_steps`: how many times faster packed is, bar by bar."""
-    lines = result["rows"]
-    plot, axes = figure(8, 1 + 0.34 * len(lines))
-    names = [f"{row['what']} ({row['dtype']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''})" for row in lines]
-    places = np.arange(len(lines))
-    over = [row["speedup_over_onednn"] or 0 for row in lines]
-    bars = axes.barh(places - 0.17, [row["speedup"] for row in lines], 0.3, color=SPARSE_INK, label="over PyTorch's fastest")
-    axes.barh(places + 0.17, over, 0.3, color="#c9b8a8", label="over oneDNN's layers")
-    axes.bar_label(bars, [f"{row['speedup']:.2f}" for row in lines], padding=3, fontsize=8)
-    axes.axvline(1, color=INK, linewidth=1)
-    axes.set(yticks=places, yticklabels=names, xlabel="times faster, packed 2:4")
-    axes.invert_yaxis()
-    plot.legend(frameon=False, loc="outside upper center", ncols=2)
-    open_frame(axes)
-    return plot
+    """A matplotlib figure of rows of `speed.measure_layers` or `measure_steps`: how many times faster packed (or pruned) is."""
+    rows = {}
+    for row in result["rows"]:
+        threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+        gains = {"packed, over PyTorch": row["speedup"], "packed, over oneDNN": row["speedup_over_onednn"]}
+        if row.get("fastest_pruned"):
+            gains["pruned, over PyTorch"] = row["speedup_pruned"]
+        rows[f"{row['what']} ({row['dtype']}, {threads})"] = gains
+    return bars(rows, xlabel="times faster than dense, each as it runs fastest", mark=1)
 
 
 def tradeoff(points: Sequence[tuple[str, str, float, float]], *, xlabel: str, ylabel: str = "FD-glyph (lower is better)"):
