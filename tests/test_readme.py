@@ -1,6 +1,9 @@
 """The README's figures are those of the results files."""
 
+import base64
+import io
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,36 @@ def test_the_lines_for_an_own_model_and_own_pictures_run(tmp_path, monkeypatch):
     lines = README.split("## Your own model, your own pictures", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
     exec(lines.replace("steps=20_000", "steps=2"), {})  # noqa: S102
     assert set(map(str, layers.patterns(sparsedm.load("student")).values())) == {"2:4"}
+
+
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+THUMBNAILS = runpy.run_path(str(ROOT / "docs" / "thumbnails.py"))
+
+
+def test_every_notebook_has_its_row_and_its_picture_in_the_gallery():
+    assert section("gallery") == THUMBNAILS["gallery"](NOTEBOOKS).strip()
+    for name in NOTEBOOKS:
+        assert f"| `{name}` | " in README
+        path = ROOT / "docs" / "thumbnails" / f"{name}.png"
+        assert Image.open(path).size == THUMBNAILS["SIZE"] and path.stat().st_size < 25_000
+
+
+def page(*cells: tuple[str, str]) -> str:
+    """A rendered page with a figure of one colour in every cell, given by its classes."""
+    html = ""
+    for classes, color in cells:
+        png = io.BytesIO()
+        Image.new("RGB", (900, 200), color).save(png, "PNG")
+        data = base64.b64encode(png.getvalue()).decode()
+        html += f'<div id="a" class="jp-Cell {classes}"><img src="data:image/png;base64,{data}"></div>'
+    return html
+
+
+def test_a_thumbnail_is_the_tagged_figure_or_the_first_on_white_paper():
+    tagged = page(("jp-CodeCell", "red"), ("jp-CodeCell celltag_thumbnail", "blue"))
+    assert THUMBNAILS["figure"](tagged).getpixel((0, 0)) == (0, 0, 255)
+    small = THUMBNAILS["thumbnail"](THUMBNAILS["figure"](page(("jp-CodeCell", "red"), ("jp-CodeCell", "blue")))).convert("RGB")
+    width, height = small.size
+    assert small.getpixel((width // 2, height // 2)) == (255, 0, 0) and small.getpixel((0, 0)) == (255, 255, 255)
+    with pytest.raises(ValueError, match="no figure"):
+        THUMBNAILS["figure"]("<html></html>")
