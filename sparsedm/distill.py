@@ -63,10 +63,10 @@ def finetune(student: nn.Module, teacher: nn.Module | None, data: str | Dataset,
     eval mode and gets no gradient. When the generator is exhausted, `student` holds the EMA weights, in eval mode.
 
     Args:
-        data: a data set or its name (`sparsedm.data.NAMES`). Items are (picture, label), or (picture, dict of the arguments
-            that condition the model), such as {"encoder_hidden_states": [tokens, dim]}. Labels are dropped with `p_uncond`,
-            and so are entries of the dict for which the data set's attribute `null`, a dict, has another value. The pictures of
-            latent models are latents.
+        data: a data set, or its name (`sparsedm.data.NAMES`) for pictures of the model's size. Items are (picture, label), or
+            (picture, dict of the arguments that condition the model), such as {"encoder_hidden_states": [tokens, dim]}. Labels
+            are dropped with `p_uncond`, and so are entries of the dict for which the data set's attribute `null`, a dict, has
+            another value. The pictures of latent models are latents.
         scheduler: a diffusers scheduler with the noise schedule and prediction type; by default that in the student's
             config (`noise_schedule`), else DDPM's linear one with noise prediction; rectified flow for SD3 and Flux.
         out: a folder for checkpoints; a run that finds its own checkpoint there goes on from it. One is written, too, when the
@@ -91,7 +91,7 @@ def _run(
     **options,
 ) -> Iterator[TrainState]:
     config = TrainConfig.of(options)
-    dataset = data_module.load(data)
+    dataset = data_module.load(data, size=denoisers.picture_size(model))
     scheduler = scheduler or diffusion.training_scheduler(model)
     _check_trainable(model, teacher, scheduler, config)
     for _, pattern in config.pattern_schedule:

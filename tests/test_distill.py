@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from sparsedm import data, diffusion, distill, layers, training
@@ -32,6 +33,15 @@ def run(model, **options):
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_pictures_of_a_named_set_have_the_models_size(tmp_path, make_model):
+    for name in "abcd":
+        Image.new("RGB", (20, 12)).save(tmp_path / f"{name}.png")
+    model, seen = make_model("unet", in_channels=3, out_channels=3), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    list(distill.train(model, f"folder:{tmp_path}", steps=1, batch_size=4))
+    assert seen == [(4, 3, 8, 8)]
 
 
 @pytest.mark.parametrize("optimizer", training.OPTIMIZERS)

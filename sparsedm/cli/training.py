@@ -122,12 +122,13 @@ def prune(
 ) -> None:
     """Remove channels (Diff-Pruning); go on with train. Example: python -m sparsedm prune glyphs-unet out --ratio 0.35"""
     from .. import data as data_module
-    from .. import diffpruning, diffusion, macs
+    from .. import denoisers, diffpruning, diffusion, macs
 
     free(out)
     whole = zoo.load(model).to(on(device))
     if score in ("squared", "absolute"):
-        images, labels = (x.to(whole.device) for x in data_module.stack(data_module.load(data), n))
+        dataset = data_module.load(data, size=denoisers.picture_size(whole))
+        images, labels = (x.to(whole.device) for x in data_module.stack(dataset, n))
         labels = None if diffusion.null_label(whole) is None else labels
         with bars(json) as bar:
             task = None
