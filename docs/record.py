@@ -10,7 +10,7 @@ from playwright.sync_api import Page, sync_playwright
 from sparsedm.demo import page
 
 OUT = Path(__file__).with_name("demo.gif")
-SIZE, SCALE, COLOURS = {"width": 1060, "height": 760}, 0.7, 64
+SIZE, SCALE, COLOURS = {"width": 1060, "height": 760}, 0.7, 128
 WORD = "SPARSE"
 
 
@@ -61,7 +61,7 @@ def main() -> None:
         frames, durations = zip(*film(sheet), strict=True)
         browser.close()
     demo.close()
-    palette = frames[len(frames) // 2].quantize(COLOURS)
+    palette = frames[-1].quantize(COLOURS, Image.Quantize.MAXCOVERAGE)  # rare colours, too
     first, *rest = (image.quantize(COLOURS, palette=palette, dither=Image.Dither.NONE) for image in frames)
     first.save(OUT, save_all=True, append_images=rest, duration=list(durations), loop=0, optimize=True)
     print(f"{OUT}: {len(frames)} frames, {OUT.stat().st_size // 1024} KB")
