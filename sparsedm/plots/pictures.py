@@ -61,7 +61,7 @@ def rows(pictures: Mapping[str, torch.Tensor], *, ink: str = INK):
 
 def strips(images: Mapping[str, Image.Image], *, width: float = 7.6, height: float = 1.0):
     """A matplotlib figure with one labelled image per name, each of this size in inches."""
-    labels = 0.4 + 0.085 * max(map(len, images))
+    labels = 0.4 + 0.1 * max(map(len, images))
     plot, axes = figure(labels + width, height * len(images), len(images), squeeze=False)
     for ax, (name, image) in zip(axes[:, 0], images.items(), strict=True):
         ax.imshow(image, interpolation="nearest")
