@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from .. import processes
 from ..models import zoo
 
 Model = Annotated[str, typer.Argument(help="A bundled model's name or a model folder.")]
@@ -61,12 +62,12 @@ def settings(given: list[str] | None) -> dict:
 
 
 def bars(quiet: bool = False) -> Progress:
-    """Progress bars on standard error."""
+    """Progress bars on standard error, of the main process."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    return Progress(*columns, console=Console(stderr=True), disable=quiet)
+    return Progress(*columns, console=Console(stderr=True), disable=quiet or not processes.is_main())
 
 
 def show(title: str, states: Iterator, quiet: bool = False):
@@ -85,9 +86,10 @@ def show(title: str, states: Iterator, quiet: bool = False):
 
 
 def on(device: str) -> torch.device:
-    """The device called so, the fastest there is for "". Raises ValueError if it is not there."""
+    """The device called so, for "" the fastest there is for this process. Raises ValueError if it is not there."""
+    own = processes.state().device
     if not device:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return own
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
@@ -114,8 +116,9 @@ def load_or_build(name: str, seed: int = 0) -> nn.Module:
 
 
 def outcome(found: dict, as_json: bool, text: str) -> None:
-    """Print what came out, for programs or for people."""
-    print(json.dumps(found) if as_json else text)
+    """Print what came out, for programs or for people; only the main process does."""
+    if processes.is_main():
+        print(json.dumps(found) if as_json else text)
 
 
 def free(out: Path) -> None:

@@ -1,6 +1,5 @@
 """A training job: one run per folder, stoppable, logged, on one process or several."""
 
-import contextlib
 import itertools
 import time
 from collections.abc import Iterator
@@ -8,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import reduce
 from torch import nn
 
-from .. import files, layers, runlog
+from .. import layers, processes, runlog
 from ..distill import TrainState
 from ..models import zoo
 from ..training import CHECKPOINT
@@ -37,18 +35,19 @@ class Job:
             ValueError: the folder holds a run and `resume` was not asked for, or the other way round.
             Stopped: by Ctrl-C; a checkpoint was left.
         """
-        began, main, line = time.perf_counter(), runlog.process().is_main_process, {}
-        with files.claimed(self.out) if main else contextlib.nullcontext(), stoppable() as pressed:
+        began, main, line = time.perf_counter(), processes.is_main(), {}
+        with processes.claimed(self.out), stoppable() as pressed:
             self._check()
             log = runlog.RunLog(self.out / "log.jsonl", tracker=self._tracker()) if main else None
             first = next(states, None)
-            with bars(self.json or not main or first is None) as bar:
+            with bars(self.json or first is None) as bar:
                 task = bar.add_task("train", total=first.steps if first else 0, note="")
                 for state in itertools.chain([first] if first else [], states):
                     if main:
                         line = self._note(log, state) or line
                     bar.update(task, completed=state.step, note=f"loss {line.get('loss', state.loss):.4f}")
-                    if state.step < state.steps and _anywhere(bool(pressed)):
+                    # all must stop at the same step
+                    if state.step < state.steps and processes.anywhere(bool(pressed)):
                         states.close()
                         raise Stopped(f"stopped at step {state.step} of {state.steps}; go on with the same command and --resume")
         if main:
@@ -77,11 +76,3 @@ class Job:
         zoo.save(layers.fold(model), path, getattr(torch, self.dtype))
         found = {"model": str(path), "loss": line.get("loss"), "seconds": round(seconds, 1)}
         outcome(found, self.json, f"{path} written" + (f"; its loss was {line['loss']:.4f}" if line else ""))
-
-
-def _anywhere(here: bool) -> bool:
-    """Whether it is so in any process: all must stop at the same step."""
-    state = runlog.process()
-    if state.num_processes == 1:
-        return here
-    return bool(reduce(torch.tensor(float(here), device=state.device), "sum") > 0)
