@@ -117,7 +117,7 @@ def _steps(
     checkpoint = Path(out, CHECKPOINT) if out else None
     start = training.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
     if checkpoint and accelerator.is_main_process:
-        sweep(checkpoint)
+        sweep(checkpoint.parent)
     draw = _StepDraw(model, scheduler, config, accelerator, getattr(dataset, "null", None))
     denoiser = denoisers.of(model)
     batches = data_module.StepSampler(len(dataset), config.batch_size, config.seed, start, config.steps)
@@ -130,7 +130,8 @@ def _steps(
             terms = _accumulate(lambda part: _losses(denoiser, training.prepared, teacher, scheduler, *part), batch, training)
         loss = _weighted(config, terms)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}; lower lr, or resume from {checkpoint}")
+            kept = f"; the last checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else ""
+            raise FloatingPointError(f"the loss is {loss} at step {step}; start anew with a lower lr{kept}")
         lr = training.update()
         if checkpoint and accelerator.is_main_process and (step % config.checkpoint_every == 0 or step == config.steps):
             training.save(checkpoint, step)

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -91,8 +90,10 @@ def claimed(folder: str | Path) -> Iterator[None]:
         yield
 
 
-def sweep(path: str | Path) -> None:
-    """Remove what killed processes left of `path` half written; for those who have claimed its folder."""
-    path = Path(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        left.unlink()
+def sweep(folder: str | Path) -> None:
+    """Remove what killed processes left half written in a folder; for those who have claimed it."""
+    for left in Path(folder).glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from diffusers import DDPMScheduler
+
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["sparsedm.cli", "sparsedm.distill", "sparsedm.experiment", "sparsedm.runlog"])
+_SCHEDULERS = sorted({cls.__module__ for cls in (DDPMScheduler, *DDPMScheduler._get_compatibles())})
+_FORKS.set_forkserver_preload(["sparsedm.cli", "sparsedm.experiment", "sparsedm.runlog", "sklearn.datasets", *_SCHEDULERS])
 
 
 def start(count: int, told: Path, function: Callable, *arguments) -> list[BaseProcess]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import layers, processes, runlog
+from .. import files, layers, processes, runlog
 from ..distill import TrainState
 from ..models import zoo
 from ..training import CHECKPOINT
@@ -38,6 +38,8 @@ class Job:
         began, main, line = time.perf_counter(), processes.is_main(), {}
         with processes.claimed(self.out), stoppable() as pressed:
             self._check()
+            if main:
+                files.sweep(self.out)
             log = runlog.RunLog(self.out / "log.jsonl", tracker=self._tracker()) if main else None
             first = next(states, None)
             with bars(self.json or first is None) as bar:
