@@ -1,4 +1,4 @@
-"""Processes that share a job, as `accelerate launch` starts them; forked from one that has imported everything, so at once."""
+"""Processes that share a job, as torchrun starts them; forked from one that has imported everything, so at once."""
 
 import multiprocessing
 import os
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
 from diffusers import DDPMScheduler
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -20,7 +21,7 @@ def start(count: int, told: Path, function: Callable, *arguments) -> list[BasePr
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    env = {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "true"} if torch.accelerator.is_available() else {})
     if count > 1:
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     told.mkdir(exist_ok=True)
@@ -33,8 +34,6 @@ def start(count: int, told: Path, function: Callable, *arguments) -> list[BasePr
 
 
 def _rank(env: dict[str, str], told: Path, function: Callable, arguments: tuple) -> None:
-    import torch
-
     os.environ |= env
     torch.set_num_threads(1)
     with open(told, "w") as file:

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -86,6 +88,18 @@ def test_the_command_line_stops_and_resumes_two_processes_together(teacher, tmp_
     ranks.succeed(2, told, *finetune("broken", "--resume"))
     whole, broken = (weights(tmp_path / run / "model") for run in ("whole", "broken"))
     assert all(torch.equal(whole[key], broken[key]) for key in whole)
+
+
+def test_accelerate_launches_the_command_line(teacher, tmp_path):
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "sparsedm")
+    options = ("--data", "digits", "--batch-size", "8", "--steps", "50", "--json")
+    command = (*launcher, "finetune", str(teacher), str(tmp_path / "out"), *options)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == str(tmp_path / "out" / "model")  # one of the two tells it
+    (line,) = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 50
+    assert set(map(str, layers.patterns(sparsedm.load(tmp_path / "out" / "model")).values())) == {"2:4"}
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
