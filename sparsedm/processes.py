@@ -51,6 +51,11 @@ def collect(made: dict) -> dict:
     return dict(sorted(item for each in everywhere or () for item in each.items()))
 
 
+def wait() -> None:
+    """Until all processes are here."""
+    state().wait_for_everyone()
+
+
 def from_main(value: Any) -> Any:
     """The main process's value, in all."""
     return broadcast_object_list([value])[0]

@@ -127,12 +127,13 @@ def export(
         str | None, typer.Option(help="float32, float16 or bfloat16 (folders only); packed: float16, else float32.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="A fixed batch size, for onnx; otherwise it is dynamic.")] = None,
+    json: Json = False,
 ) -> None:
     """Write a model for other programs. Example: python -m sparsedm export glyphs-unet-2x4 unet.onnx --format onnx"""
     from .. import export as exporting
 
     exporting.write(zoo.load(model), out, format, dtype, batch=batch)
-    print(f"{out} written, as {format}")
+    outcome({"model": str(out), "format": format}, json, f"{out} written, as {format}")
 
 
 def convert(

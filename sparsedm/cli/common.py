@@ -71,22 +71,34 @@ def bars(quiet: bool = False) -> Progress:
 
 
 def show(title: str, states: Iterator, quiet: bool = False):
-    """A bar for every stage of a generator of `Progress`; returns what the generator returns."""
+    """A bar for every stage of a generator of `Progress`; returns what the generator returns.
+
+    Raises:
+        Stopped: by Ctrl-C, after a whole step; the generator is closed then.
+    """
     try:
         state = next(states)  # what is refused is refused before there is a bar
-        with bars(quiet) as bar:
+        with stoppable() as pressed, bars(quiet) as bar:
             tasks = {}
-            while True:
+            while not pressed:
                 if state.stage not in tasks:
                     tasks[state.stage] = bar.add_task(f"{title}: {state.stage}", total=state.total, note="")
                 bar.update(tasks[state.stage], completed=state.done, note=state.note)
                 state = next(states)
+        states.close()
+        raise Stopped(f"stopped ({title}: {state.stage}, {state.done} of {state.total}); go on with the same command")
     except StopIteration as end:
         return end.value
 
 
 def on(device: str) -> torch.device:
-    """The device called so, for "" the fastest there is for this process. Raises ValueError if it is not there."""
+    """The device called so, for "" the fastest there is for this process; accelerate takes it for training, too.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     own = processes.state().device
     if not device:
         return own
@@ -95,16 +107,9 @@ def on(device: str) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from error
-    return found
-
-
-def train_on(device: str) -> None:
-    """Let accelerate, which places models itself, train on this device."""
-    found = on(device)
-    if device and found.type == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    elif device and found.type == "cuda":
+    if found.type == "cuda" and found.index is not None:
         torch.cuda.set_device(found)
+    return found
 
 
 def load_or_build(name: str, seed: int = 0) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 import typer
 
 from ..models import zoo
-from .common import Data, Device, Json, Model, Seed, Set, bars, free, load_or_build, on, outcome, settings, train_on
+from .common import Data, Device, Json, Model, Seed, Set, bars, free, load_or_build, on, outcome, settings
 from .job import Job
 
 Out = Annotated[Path, typer.Argument(help="A folder for checkpoints, log and, in OUT/model, the model.")]
@@ -42,7 +42,7 @@ def train(
     """Train a dense or a pruned model. Example: python -m sparsedm train ddpm-cifar10 out --data folder:pictures"""
     from .. import distill
 
-    train_on(device)
+    on(device)
     trained = load_or_build(model, seed)
     options = {"steps": steps, "batch_size": batch_size, "seed": seed, **settings(set_)}
     states = distill.train(trained, data, out=out / "train", **options)
@@ -71,7 +71,7 @@ def finetune(
     """Make a sparse student of a dense teacher (SparseDM). Example: python -m sparsedm finetune glyphs-unet out --steps 2000"""
     from .. import distill, layers
 
-    train_on(device)
+    on(device)
     source = zoo.load(teacher)
     sparse = zoo.load(student) if student else copy.deepcopy(source)
     layers.sparsify(sparse, pattern, exclude=exclude, decay=decay)
