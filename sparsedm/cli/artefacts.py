@@ -21,7 +21,7 @@ def info(model: Model, json: Json = False) -> None:
     loaded, weights = zoo.load(model), zoo.weights_of(model)
     counts, parameters = macs.count(loaded), sum(p.numel() for p in loaded.parameters())
     found = {
-        "class": type(loaded).__name__, "parameters": parameters, "file": weights.name, "bytes": weights.stat().st_size,
+        "class": type(loaded).__name__, "parameters": parameters, "file": weights.name, "bytes": zoo.bytes_of(model),
         "pruned": bool(getattr(loaded.config, "pruning", None)), "macs": {"dense": counts.dense, "sparse": counts.sparse},
         "patterns": {name: str(pattern) for name, pattern in layers.patterns(loaded).items()},
     }  # fmt: skip
