@@ -22,6 +22,7 @@ Data = Annotated[str, typer.Option(help="glyphs, glyphs-rgb, digits, cifar10, ce
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Another training setting, such as lr=1e-4 or optimizer=muon; may be repeated.")
 ]
+Half = Annotated[str, typer.Option(help="Of the saved weights: float32, float16 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; the fastest there is by default.")]
 Seed = Annotated[int, typer.Option(help="Of every random draw.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the outcome as one line of JSON, and nothing else.")]
