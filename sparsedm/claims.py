@@ -79,7 +79,7 @@ def _half(key: str) -> Callable[[Evidence], Verdict]:
 def _skips_dense(teacher: Recipe, pattern: str) -> int:
     """MACs of a U-ViT whose skip_linear layers are left out, as in the paper's quality experiments."""
     cls, config = teacher.model
-    exclude = (*layers.DEFAULT_EXCLUDE[cls.__name__], "*.skip_linear")
+    exclude = (*layers.default_exclude(cls), "*.skip_linear")
     present = [glob for glob in exclude if any(fnmatchcase(name, glob) for name, _ in layers.weight_layers(cls(**config)))]
     return macs.count(layers.sparsify(cls(**config), pattern, exclude=present)).sparse
 

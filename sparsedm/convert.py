@@ -21,7 +21,8 @@ HEAD_WIDTH = 64  # of U-ViT's official models, but for the Huge ones
 ATTENTION_SIDE = 16  # the DDIM code's models attend where the picture is 16x16
 ATTENTION_SCALES = ("dense", "pruned")
 _WEIGHTS = (
-    f"unet/{zoo.WEIGHTS}", "unet/diffusion_pytorch_model.bin", zoo.WEIGHTS, "diffusion_pytorch_model.bin",
+    f"unet/{zoo.WEIGHTS}", f"unet/{zoo.INDEX}", "unet/diffusion_pytorch_model.bin", zoo.WEIGHTS, zoo.INDEX,
+    "diffusion_pytorch_model.bin",
     "pruned/unet_ema_pruned.pth", "pruned/unet_pruned.pth",
 )  # fmt: skip
 

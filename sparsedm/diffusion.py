@@ -19,6 +19,7 @@ from torch import nn
 from . import denoisers
 from .denoisers import Inputs, each, null_label
 
+STEP_SEEDS = 1 << 31  # far from the seeds of the noise that sampling starts from; torch takes seeds modulo 2**32
 SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm++": DPMSolverMultistepScheduler}
 _EXTRA = {"dpm++": {"algorithm_type": "dpmsolver++", "solver_order": 2}}
 
@@ -128,6 +129,11 @@ def start_noise(model: nn.Module, n: int, seed: int = 0, first: int = 0) -> torc
     return torch.stack(rows)
 
 
+def step_generators(n: int, seed: int = 0, first: int = 0) -> list[torch.Generator]:
+    """For samplers that add noise: a generator for each of the pictures `first`, `first` + 1, ..., as in `start_noise`."""
+    return [torch.Generator().manual_seed(STEP_SEEDS + seed * 1_000_003 + i) for i in range(first, first + n)]
+
+
 def sample(
     model: nn.Module,
     noise: torch.Tensor,
@@ -138,7 +144,7 @@ def sample(
     conditioning: Inputs | None = None,
     negative: Inputs | None = None,
     guidance: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Iterator[SampleState]:
     """Denoise `noise` [B, C, H, W], yielding a `SampleState` after every step; the last one holds the pictures.
 
@@ -148,7 +154,7 @@ def sample(
         conditioning: what else the model takes, such as {"encoder_hidden_states": [B, tokens, dim]}.
         negative: the same for the uncond of guidance (the empty text), as far as it differs.
         guidance: classifier-free guidance g in cond + g * (cond - uncond); 0 does no second evaluation.
-        generator: for samplers that add noise (ddpm).
+        generator: for samplers that add noise (ddpm): one, or one per picture (`step_generators`).
 
     Raises:
         ValueError: guidance for a model without classes, steps out of range, no `conditioning` for a model that takes text, or

@@ -22,8 +22,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import data as data_module
-from . import denoisers, diffusion, layers
+from . import denoisers, diffusion, layers, processes
 from .denoisers import Denoiser, Inputs, each
+from .files import sweep
 from .training import CHECKPOINT, TrainConfig, Training
 
 
@@ -76,6 +77,7 @@ def finetune(student: nn.Module, teacher: nn.Module | None, data: str | Dataset,
     Raises:
         ValueError: a bad option, a checkpoint in `out` that belongs to a run with other settings, data without what the model
             needs, or a model that predicts a variance and has no teacher for it.
+        BlockingIOError: another process trains in `out`.
         FloatingPointError: the loss is not finite (names the step; the last checkpoint stays).
     """
     return _run(student, teacher, data, **options)
@@ -96,15 +98,26 @@ def _run(
     _check_trainable(model, teacher, scheduler, config)
     for _, pattern in config.pattern_schedule:
         layers.set_pattern(model, pattern)  # all of them fit, or none is trained
+    processes.state()  # before accelerate looks for the processes in its own way
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if config.batch_size % (accelerator.num_processes * config.accumulate):
-        processes = f"{accelerator.num_processes} processes" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
-        raise ValueError(f"batch_size {config.batch_size} cannot be shared by {processes}")
-    training = Training(_train_mode(model), config, accelerator)
-    checkpoint = Path(out, CHECKPOINT) if out else None
-    start = training.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
+        shares = f"{accelerator.num_processes} processes" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+        raise ValueError(f"batch_size {config.batch_size} cannot be shared by {shares}")
     if teacher is not None:
         teacher.to(accelerator.device).eval()
+    with processes.claimed(out) if out else contextlib.nullcontext():
+        yield from _steps(Training(_train_mode(model), config, accelerator), teacher, dataset, scheduler, out)
+
+
+def _steps(
+    training: Training, teacher: nn.Module | None, dataset: Dataset, scheduler: SchedulerMixin, out: str | Path | None
+) -> Iterator[TrainState]:
+    """Take up the checkpoint in `out`, if there is one, and go on to the last step."""
+    model, config, accelerator = training.model, training.config, training.accelerator
+    checkpoint = Path(out, CHECKPOINT) if out else None
+    start = training.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
+    if checkpoint and accelerator.is_main_process:
+        sweep(checkpoint.parent)
     draw = _StepDraw(model, scheduler, config, accelerator, getattr(dataset, "null", None))
     denoiser = denoisers.of(model)
     batches = data_module.StepSampler(len(dataset), config.batch_size, config.seed, start, config.steps)
@@ -117,7 +130,8 @@ def _run(
             terms = _accumulate(lambda part: _losses(denoiser, training.prepared, teacher, scheduler, *part), batch, training)
         loss = _weighted(config, terms)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}; lower lr, or resume from {checkpoint}")
+            kept = f"; the last checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else ""
+            raise FloatingPointError(f"the loss is {loss} at step {step}; start anew with a lower lr{kept}")
         lr = training.update()
         if checkpoint and accelerator.is_main_process and (step % config.checkpoint_every == 0 or step == config.steps):
             training.save(checkpoint, step)

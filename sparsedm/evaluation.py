@@ -1,4 +1,7 @@
-"""Scoring a model by a protocol: sample its pictures, resuming where a killed run stopped, and compare them with others."""
+"""Scoring a model by a protocol: sample its pictures, resuming where a killed run stopped, and compare them with others.
+
+Several processes share the pictures, batch by batch; they are the same for any number of processes.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -11,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import default_collate
 
-from . import data, diffusion, latents, metrics
+from . import data, diffusion, latents, metrics, processes
 from .files import replacing
 from .recipes import Protocol
 
-CHUNK = 500  # pictures sampled between two saves
+CHUNK = 500  # pictures sampled between two saves, or more: whole batches, and one for every process
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ class Progress:
 def sample(
     model: nn.Module, folder: Path, protocol: Protocol, stage: str = "sample", dataset: str = "", vae: AutoencoderKL | None = None
 ) -> Iterator[Progress]:
-    """Sample the protocol's pictures (a generator that returns them, uint8 [n, C, H, W]), saving every `CHUNK` in `folder`.
+    """Sample the protocol's pictures, saving them every `CHUNK` in `folder`.
+
+    A generator that returns them, uint8 [n, C, H, W], in the main process, and None in the others.
 
     Args:
         dataset: the data set whose first texts are asked for, for models that take text.
@@ -39,24 +44,32 @@ def sample(
     """
     path = samples_file(folder, protocol)
     settings = {k: str(v) for k, v in asdict(protocol).items() if k != "n"}
-    parts = _saved(path, settings)
-    done = sum(map(len, parts))
-    asked = _asked(model, protocol.n, dataset)
-    while done < protocol.n:
-        stop = min(done + CHUNK, protocol.n)
-        for start in range(done, stop, protocol.batch_size):
-            end = min(start + protocol.batch_size, stop)
-            noise = diffusion.start_noise(model, end - start, protocol.seed, first=start)
-            options = {"sampler": protocol.sampler, "steps": protocol.steps, "guidance": protocol.guidance}
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=protocol.precision == "bf16"):
-                batch = diffusion.generate(model, noise, **asked(start, end), **options)
-            parts.append(data.to_uint8(batch if vae is None else latents.decode(vae, batch)).cpu())
-            yield Progress(stage, end, protocol.n)
-        done = stop
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_file({"images": torch.cat(parts).contiguous()}, temporary, metadata=settings)
-    return torch.cat(parts)[: protocol.n]
+    parts = _saved(path, settings) if processes.is_main() else []
+    done, asked = processes.from_main(sum(map(len, parts))), _asked(model, protocol.n, dataset)
+    batches = range(done, protocol.n, protocol.batch_size)
+    at_once = processes.state().num_processes
+    between_saves = max(-(-CHUNK // protocol.batch_size), at_once)
+    for first in range(0, len(batches), between_saves):
+        made = {}
+        for start in processes.share(batches[first : first + between_saves]):
+            end = min(start + protocol.batch_size, protocol.n)
+            batch = _draw(model, protocol, start, end, asked(start, end))
+            made[start] = data.to_uint8(batch if vae is None else latents.decode(vae, batch)).cpu()
+            yield Progress(stage, min(end + (at_once - 1) * protocol.batch_size, protocol.n), protocol.n)
+        parts += processes.collect(made).values()
+        if processes.is_main():
+            with replacing(path) as temporary:
+                save_file({"images": torch.cat(parts).contiguous()}, temporary, metadata=settings)
+    return torch.cat(parts)[: protocol.n] if processes.is_main() else None
+
+
+def _draw(model: nn.Module, protocol: Protocol, start: int, end: int, asked: dict) -> torch.Tensor:
+    """The pictures from number `start` to `end`: the noise of each depends on the protocol's seed and its number alone."""
+    noise = diffusion.start_noise(model, end - start, protocol.seed, start)
+    options = {"sampler": protocol.sampler, "steps": protocol.steps, "guidance": protocol.guidance, **asked}
+    options["generator"] = diffusion.step_generators(end - start, protocol.seed, start)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=protocol.precision == "bf16"):
+        return diffusion.generate(model, noise, **options)
 
 
 def _asked(model: nn.Module, n: int, dataset: str) -> Callable[[int, int], dict]:

@@ -2,6 +2,7 @@
 
 `python -m sparsedm reproduce NAME` resumes where it stopped and leaves in its folder the training log, the checkpoint, the
 model, the pictures it was scored on and `results.json`. Only the saved model is scored: what is reported is what is shipped.
+Several processes share training and sampling; the main one writes and scores.
 """
 
 import copy
@@ -18,7 +19,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from . import data, diffpruning, diffusion, distill, evaluation, layers, macs, metrics, nm, plots, structure
+from . import data, diffpruning, diffusion, distill, evaluation, layers, macs, metrics, nm, plots, processes, structure
 from .evaluation import Progress
 from .files import replacing
 from .models import classifier, zoo
@@ -45,7 +46,8 @@ def reproduce(
 ) -> Iterator[Progress]:
     """Train, save and score the recipe `name` in the folder `out`/`run_name(name, seed)`, going on from whatever is there.
 
-    A student starts from its base's model in `out` if that was made there, else from the bundled one.
+    A generator that returns the results, in the main process. A student starts from its base's model in `out` if that was made
+    there, else from the bundled one.
 
     Args:
         protocol: how to score, the recipe's own by default.
@@ -57,8 +59,7 @@ def reproduce(
         **train_options: override fields of the recipe's training, for trials.
     """
     if name == CLASSIFIER:
-        yield from _reproduce_classifier(Path(out, name), bundle)
-        return
+        return (yield from _reproduce_classifier(Path(out, name), bundle))
     chosen, run = recipe(name), run_name(name, seed)
     if seed:
         chosen = replace(chosen, watch=())  # one curve is enough
@@ -72,27 +73,45 @@ def reproduce(
         settings["seed"] = seed
     if chosen.data.startswith("latents:") and (not vae or (inception and not reference)):
         raise ValueError(f"{name} makes latents: name the folder of an autoencoder (vae), and for FID real pictures (reference)")
-    _claim(folder, settings)
-    results = _finished(folder / RESULTS_FILE, protocol)
-    if results is None:
-        if not (folder / "model" / zoo.CONFIG).exists():
-            made = yield from _make(chosen, Path(out), folder, settings, seed)
-            zoo.save(made, folder / "model", torch.float16)
-        model = zoo.load(folder / "model")
-        _check_pattern(model, chosen)
-        images, base_images, curve = yield from _pictures(model, chosen, protocol, Path(out), folder, settings, vae)
-        asked = evaluation.labels(model, protocol.n)
-        scores = evaluation.score(images, asked, chosen.data, base_images, inception, reference)
-        results = {"name": run, "command": f"python -m sparsedm reproduce {name}" + (f" --seed {seed}" if seed else "")}
-        results |= {"seed": seed, "scores": scores, "curve": curve, "protocol": asdict(protocol)}
-        results |= _facts(chosen, model, folder, settings)
-        _write_json(folder / RESULTS_FILE, results)
-    if bundle:
+    with processes.claimed(folder):
+        if processes.is_main():
+            _note_settings(folder, settings)
+        results = processes.from_main(_finished(folder / RESULTS_FILE, protocol))
+        if results is None:
+            if not processes.from_main((folder / "model" / zoo.CONFIG).exists()):
+                made = yield from _make(chosen, Path(out), folder, settings, seed)
+                _save(made, folder / "model")
+            model = _load(folder / "model")
+            _check_pattern(model, chosen)
+            pictures = yield from _pictures(model, chosen, protocol, Path(out), folder, settings, vae)
+            if pictures is None:
+                return {}
+            images, base_images, curve = pictures
+            asked = evaluation.labels(model, protocol.n)
+            scores = evaluation.score(images, asked, chosen.data, base_images, inception, reference)
+            results = {"name": run, "command": f"python -m sparsedm reproduce {name}" + (f" --seed {seed}" if seed else "")}
+            results |= {"seed": seed, "scores": scores, "curve": curve, "protocol": asdict(protocol)}
+            results |= _facts(chosen, model, folder, settings)
+            _write_json(folder / RESULTS_FILE, results)
+    if bundle and processes.is_main():
         _write_json(RESULTS / f"{run}.json", results)
         _keep_pictures(folder, protocol, RESULTS / f"{run}.png")
         if chosen.bundle and not seed:
             zoo.save(zoo.load(folder / "model"), zoo.ASSETS / name, torch.float16, card=card(name, results))
     yield Progress("done", 1, 1, json.dumps(results["scores"]))
+    return results
+
+
+def _load(source: str | Path) -> nn.Module:
+    """A model on the device of this process."""
+    return zoo.load(source).to(processes.state().device)
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    """Save a model in float16, for all processes."""
+    if processes.is_main():
+        zoo.save(model, folder, torch.float16)
+    processes.wait()
 
 
 def _finished(path: Path, protocol: Protocol) -> dict | None:
@@ -101,7 +120,7 @@ def _finished(path: Path, protocol: Protocol) -> dict | None:
     return results if results.get("protocol") == asdict(protocol) else None
 
 
-def _claim(folder: Path, settings: dict) -> None:
+def _note_settings(folder: Path, settings: dict) -> None:
     """Note the settings in the folder, or refuse a folder that holds a run with others."""
     path, settings = folder / "settings.json", json.loads(json.dumps(settings))
     if path.exists() and json.loads(path.read_text()) != settings:
@@ -114,12 +133,12 @@ def _make(chosen: Recipe, out: Path, folder: Path, settings: dict, seed: int) ->
     model, teacher = yield from _start(chosen, out, seed)
     if settings:
         if 0 in chosen.watch:
-            zoo.save(layers.folded(model), _at(folder, 0), torch.float16)
+            _save(model, _at(folder, 0))
         log, teacher = RunLog(folder / "log.jsonl"), teacher if chosen.distil else None
         for state in distill.finetune(model, teacher, chosen.data, out=folder / "train", **settings):
             if state.step in chosen.watch:
-                zoo.save(layers.fold(state.ema_model()), _at(folder, state.step), torch.float16)
-            if line := log.add(state):
+                _save(state.ema_model(), _at(folder, state.step))
+            if processes.is_main() and (line := log.add(state)):
                 yield Progress("train", state.step, state.steps, f"loss {line['loss']:.4f}")
     return layers.fold(model)
 
@@ -138,20 +157,26 @@ def _at(folder: Path, step: int) -> Path:
 def _pictures(
     model: nn.Module, chosen: Recipe, protocol: Protocol, out: Path, folder: Path, settings: dict, vae: str | None
 ) -> Iterator[Progress]:
-    """Sample what is to be scored (a generator that returns pictures, the base's, and scores of the models saved on the way)."""
-    decoder = AutoencoderKL.from_pretrained(vae) if vae else None
+    """Sample what is to be scored.
+
+    A generator that returns pictures, the base's, and scores of the models saved on the way; None in other processes than the
+    main one.
+    """
+    decoder = AutoencoderKL.from_pretrained(vae).to(model.device) if vae else None
     images = yield from evaluation.sample(model, folder, protocol, "sample", chosen.data, decoder)
     base_images, early = None, []
     if chosen.base:
         source, made_here = _base(chosen, out)
         place = out / chosen.base if made_here else folder / "base"
-        base_images = yield from evaluation.sample(zoo.load(source), place, protocol, "sample the base", chosen.data, decoder)
+        base_images = yield from evaluation.sample(_load(source), place, protocol, "sample the base", chosen.data, decoder)
     for step in (step for step in chosen.watch if _at(folder, step).exists()):
-        few, watched = replace(protocol, n=WATCH_PICTURES), zoo.load(_at(folder, step))
+        few, watched = replace(protocol, n=WATCH_PICTURES), _load(_at(folder, step))
         pictures = yield from evaluation.sample(
             watched, folder / f"step-{step}", few, f"sample step {step}", chosen.data, decoder
         )
         early.append((step, pictures))
+    if not processes.is_main():
+        return None
     yield Progress("score", 0, 1)
     curve = [*early, (settings["steps"], images[:WATCH_PICTURES])] if early else []
     return images, base_images, [{"step": step, **evaluation.score(some, None, chosen.data)} for step, some in curve]
@@ -179,7 +204,7 @@ def _start(chosen: Recipe, out: Path, seed: int) -> Iterator[Progress]:
         model.register_to_config(noise_schedule=chosen.schedule)
         return model, None
     source, _ = _base(chosen, out)
-    model, teacher = zoo.load(source), zoo.load(source)
+    model, teacher = _load(source), _load(source)
     if chosen.prune:
         model = yield from _pruned(model, chosen, out / chosen.base, seed)
     if chosen.pattern:
@@ -205,7 +230,7 @@ def _pruned(model: nn.Module, chosen: Recipe, folder: Path, seed: int) -> Iterat
 def _importance(model: nn.Module, dataset: str, threshold: float, seed: int, folder: Path) -> Iterator[Progress]:
     """Give the model the gradients of Diff-Pruning's importance; they are kept in `folder` for the next recipe."""
     path = folder / f"importance-{threshold:g}-{seed}.safetensors"
-    if not path.exists():
+    if processes.is_main() and not path.exists():
         images, labels = data.stack(data.load(dataset, n=IMPORTANCE_PICTURES), IMPORTANCE_PICTURES)
         labels = None if diffusion.null_label(model) is None else labels
         for state in diffpruning.importance(model, images, labels, threshold=threshold, seed=seed):
@@ -213,7 +238,8 @@ def _importance(model: nn.Module, dataset: str, threshold: float, seed: int, fol
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             save_file({k: p.grad for k, p in model.named_parameters() if p.grad is not None}, temporary)
-    gradients = load_file(path)
+    processes.wait()
+    gradients = load_file(path, device=str(model.device))
     for name, parameter in model.named_parameters():
         parameter.grad = gradients.get(name)
 
@@ -269,7 +295,9 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _reproduce_classifier(folder: Path, bundle: bool) -> Iterator[Progress]:
-    """Train the glyph classifier and measure its accuracy on the test split."""
+    """Train the glyph classifier and measure its accuracy on the test split: by the main process; returns the result."""
+    if not processes.is_main():
+        return {}
     torch.manual_seed(0)
     model, steps = classifier.GlyphClassifier(), 3000
     for step, loss in enumerate(classifier.fit(model, data.load("glyphs"), steps=steps), 1):
@@ -291,3 +319,4 @@ def _reproduce_classifier(folder: Path, bundle: bool) -> Iterator[Progress]:
         text += f"Made by `{result['command']}`. Licence: MIT, as the package.\n"
         zoo.save(model, zoo.ASSETS / CLASSIFIER, torch.float16, card=text)
     yield Progress("done", 1, 1, f"accuracy {accuracy:.4f}")
+    return result

@@ -73,6 +73,8 @@ def _flush(path: Path) -> None:
 def claimed(folder: str | Path) -> Iterator[None]:
     """Keep other processes out of a folder, which is made if need be; a claim ends with its process, however it ends.
 
+    The same process may claim it again: in a notebook, a run that was interrupted may still be in memory.
+
     Raises:
         BlockingIOError: another process has it.
     """
@@ -80,9 +82,18 @@ def claimed(folder: str | Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".claim", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # systems differ
             raise BlockingIOError(
-                error.errno, f"{folder} is in use by another run; wait for it, or choose another folder"
+                errno.EAGAIN, f"{folder} is in use by another run; wait for it, or choose another folder"
             ) from error
         yield
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what killed processes left half written in a folder; for those who have claimed it."""
+    for left in Path(folder).glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()

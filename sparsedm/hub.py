@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, snapshot_download
 from . import layers, macs
 from .models import zoo
 
-_FILES = [zoo.CONFIG, zoo.WEIGHTS, zoo.PACKED, "README.md"]
+_FILES = [zoo.CONFIG, zoo.WEIGHTS, zoo.INDEX, zoo.SHARDS, zoo.PACKED, "README.md"]
 
 
 def push(
@@ -38,7 +38,7 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "model")
         zoo.save(model, folder, dtype, packed=packed)
-        (folder / "README.md").write_text(card(zoo.load(folder), repo, scores, note, zoo.weights_of(folder).stat().st_size))
+        (folder / "README.md").write_text(card(zoo.load(folder), repo, scores, note, zoo.bytes_of(folder)))
         api = HfApi(token=token)
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with sparsedm")

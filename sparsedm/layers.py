@@ -30,14 +30,19 @@ _TRANSFORMER = (
 )  # fmt: skip
 _UNET = ("conv_in", "conv_out")
 
-# Layers left dense by default, by class name of the model. Layers that cannot be grouped stay dense anyway.
-DEFAULT_EXCLUDE = {
+# Layers left dense by default, by class name of the model (`default_exclude`). Layers that cannot be grouped stay dense anyway.
+_DEFAULT_EXCLUDE = {
     "UViTModel": ("patch_embed.*", "context_embed", "decoder_pred", "final_layer"),  # SparseDM 4: block linears and skip_linear
     **dict.fromkeys(("UNet2DModel", "UNet2DConditionModel", "UNet3DConditionModel"), _UNET),
     **dict.fromkeys(
         ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"), _TRANSFORMER
     ),
 }
+
+
+def default_exclude(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Globs of the layers that `sparsify` leaves dense by default, by the class or its nearest parent that is known."""
+    return next((_DEFAULT_EXCLUDE[each.__name__] for each in cls.__mro__ if each.__name__ in _DEFAULT_EXCLUDE), ())
 
 
 class _SRSTE(torch.autograd.Function):
@@ -170,7 +175,7 @@ def sparsify(
     if decay < 0:
         raise ValueError(f"decay must not be negative, it is {decay}")
     default = exclude is None
-    exclude = DEFAULT_EXCLUDE.get(type(model).__name__, ()) if default else exclude
+    exclude = default_exclude(type(model)) if default else exclude
     layers = dict(weight_layers(model))
     _check_globs([*include, *overrides, *(() if default else exclude)], layers)
     converted = 0

@@ -115,16 +115,16 @@ def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: Inp
         inputs: of one call on one picture, for models whose config does not tell their shapes.
 
     Raises:
-        ValueError: unknown backend, or a model with no N:M sparse layer.
+        ValueError: unknown backend, a model with no N:M sparse layer, or, for "auto", one whose config does not tell the shapes
+            of its inputs; nothing is changed then.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-    layers.fold(model).eval()
-    patterns = layers.patterns(model)
-    if not patterns:
+    if not layers.patterns(model):
         raise ValueError(f"{type(model).__name__} has no N:M sparse layer to pack; sparsify and fold it first")
     auto = backend == "auto"
     shapes = dryrun.input_shapes(model, inputs) if auto else {}
+    patterns = layers.patterns(layers.fold(model).eval())
     plain = copy.deepcopy(model) if auto else None
     for name, pattern in patterns.items():
         module = model.get_submodule(name)

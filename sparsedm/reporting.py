@@ -8,7 +8,7 @@ from torch import nn
 
 from . import macs as macs_module
 from . import nm
-from .layers import DEFAULT_EXCLUDE, WEIGHTED, NMConv2d, NMLinear, patterns, why_dense
+from .layers import WEIGHTED, NMConv2d, NMLinear, default_exclude, patterns, why_dense
 from .packed import is_packed
 
 
@@ -104,4 +104,4 @@ def _note(model: nn.Module, name: str, module: nn.Module, pattern: nm.NMPattern 
     noted = str(module.times or "") if is_packed(module) else getattr(module, "dense_reason", "")
     if noted or pattern is None or is_packed(module):
         return noted
-    return why_dense(name, module, pattern, ("*",), DEFAULT_EXCLUDE.get(type(model).__name__, ())) or ""
+    return why_dense(name, module, pattern, ("*",), default_exclude(type(model))) or ""

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-from accelerate.utils import parse_flag_from_env
 
-from . import diffusion, distill, layers, plots
+from . import diffusion, distill, layers, plots, processes
 from .files import replacing
 
 NO_TRACKER, BEST_TRACKER = "none", ""
@@ -50,7 +48,7 @@ class RunLog:
         null = diffusion.null_label(model)
         labels = None if null is None else torch.arange(GRID) % null
         images = diffusion.generate(model, diffusion.start_noise(model, GRID), sampler="dpm++", steps=20, class_labels=labels)
-        grid, path = plots.picture(images, columns=4), self.path.parent / "samples" / f"{state.step:08d}.png"
+        grid, path = plots.picture(images, columns=4, scale=scale(images)), self.path.parent / "samples" / f"{state.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
         if self.tracker:
@@ -64,9 +62,9 @@ class RunLog:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
-def process() -> PartialState:
-    """Which of how many processes this is; alone, PartialState takes no notice of the environment's wish for the CPU."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+def scale(images: torch.Tensor) -> int:
+    """By how much to enlarge pictures [n, C, H, W] for a grid: to about 128 pixels."""
+    return max(1, 128 // images.shape[-1])
 
 
 def start_tracker(name: str, folder: Path, settings: dict) -> GeneralTracker | None:
@@ -82,7 +80,7 @@ def start_tracker(name: str, folder: Path, settings: dict) -> GeneralTracker | N
     if name not in available:
         known = ", ".join(LOGGER_TYPE_TO_CLASS)
         raise ValueError(f"tracker {name!r} is not installed; installed: {', '.join(available) or 'none'}; known: {known}")
-    process()  # trackers ask which one they are in
+    processes.state()  # trackers ask which one they are in
     cls = LOGGER_TYPE_TO_CLASS[name]
     tracker = cls(folder.name, logging_dir=folder / "tracker") if cls.requires_logging_directory else cls(folder.name)
     tracker.start()

@@ -1,5 +1,6 @@
 """State dicts in files of other programs: read as tensors only, and filled into a model by name and shape."""
 
+import json
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -7,13 +8,14 @@ from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 State = dict[str, torch.Tensor]
 
 
 def read(path: str | Path) -> State:
-    """The state dict in a file of torch.save or safetensors, in float32.
+    """The state dict in a file of torch.save or safetensors, or in those of an index (`read_shards`), in float32.
 
     Of a training checkpoint (a list, as the DDIM code saves it) it is the averaged weights, or else the raw ones.
 
@@ -22,8 +24,12 @@ def read(path: str | Path) -> State:
         FileNotFoundError: it is not there.
     """
     try:
-        safe = str(path).endswith(".safetensors")
-        content = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        if str(path).endswith(".index.json"):
+            content = read_shards(path)
+        elif str(path).endswith(".safetensors"):
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load and safetensors have many
@@ -39,6 +45,36 @@ def read(path: str | Path) -> State:
         raise ValueError(f"{path} holds no state dict, but a {type(content).__name__}")
     parallel = all(name.startswith("module.") for name in content)  # nn.DataParallel
     return {name.removeprefix("module.") if parallel else name: value.float() for name, value in content.items()}
+
+
+def read_shards(index: str | Path) -> State:
+    """The tensors of a large checkpoint that diffusers has split: of the safetensors files beside `index`, all that it lists.
+
+    Raises:
+        ValueError: no such index, or a file that cannot be read or does not hold just the tensors that the index says.
+        FileNotFoundError: a file is not there.
+    """
+    index, state = Path(index), {}
+    try:
+        files = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(files.values()))
+        plain = all(Path(name).name == name and name.endswith(".safetensors") for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors files ({error!r}); fetch or save it again") from error
+    if not plain:
+        raise ValueError(f"{index} lists other files than safetensors files beside it")
+    for name in names:
+        path, listed = index.with_name(name), {tensor for tensor, file in files.items() if file == name}
+        try:
+            tensors = load_file(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path} is missing, which {index.name} lists") from error
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or save it again") from error
+        if other := sorted(listed ^ set(tensors)):
+            raise ValueError(f"{path}: {other[0]} is {'missing' if other[0] in listed else f'not listed in {index.name}'}")
+        state |= tensors
+    return state
 
 
 def _is_state(content) -> bool:

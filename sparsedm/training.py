@@ -145,7 +145,7 @@ class Training:
 def _make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     hidden = {}
     if config.optimizer == "muon":
-        edges = layers.DEFAULT_EXCLUDE.get(type(model).__name__, ())
+        edges = layers.default_exclude(type(model))
         linears = [(n, m) for n, m in layers.weight_layers(model) if isinstance(m, nn.Linear)]
         hidden = {id(m.weight): m.weight for n, m in linears if not any(fnmatchcase(n, glob) for glob in edges)}
     rest = [p for p in model.parameters() if id(p) not in hidden]

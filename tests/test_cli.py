@@ -1,7 +1,9 @@
 """The command line, run as a user runs it."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -9,6 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsedm import bench, cli, kernels, shares, speed
+from sparsedm.cli import common
+from sparsedm.evaluation import Progress
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -37,6 +41,25 @@ def test_errors_are_one_line_and_exit_code_1(arguments, message):
 
 def test_reproduce_lists_recipes():
     assert "glyphs-unet-2x4" in run("reproduce", "list").stdout.split()
+    known = json.loads(CliRunner().invoke(cli.app, ["reproduce", "list", "--json"]).stdout)
+    assert known["glyphs-unet-2x4"] == "headline: UNet 2:4, SparseDM"
+
+
+def test_ctrl_c_stops_after_a_whole_step():
+    done = []
+
+    def states():
+        try:
+            for i in range(5):
+                if i == 2:
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield Progress("sample", i, 5)
+        finally:
+            done.append(i)
+
+    with pytest.raises(common.Stopped, match=r"stopped \(model: sample, 2 of 5\); go on with the same command"):
+        common.show("model", states())
+    assert done == [2]
 
 
 def test_every_command_has_help_with_an_example():

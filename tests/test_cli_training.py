@@ -167,6 +167,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, monkeypatch,
         (("sparsify", "{}/tiny", "{}/o", "--exclude", "nope.*"), "'nope.*' matches no layer"),
         (("train", "{}/tiny", "{}/o", "--data", "digits", "--track", "wandb"), "tracker 'wandb' is not installed"),
         (("evaluate", "{}/tiny", "{}/o", "--precision", "int8"), "precision is 'bf16' or 'fp32'"),
+        (("train", "{}/tiny", "{}/o", *QUICK, "--set", "lr=1e38", "--json"), "the loss is nan at step 2; start anew"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tiny, tmp_path, monkeypatch, capsys):

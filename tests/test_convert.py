@@ -234,7 +234,7 @@ def make_pruned(make_model, tmp_path, ratio=0.5, **changes):
 X, T = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(5)), torch.tensor([3, 700])
 
 
-@pytest.mark.parametrize("kind", ["bin", "safetensors", "pth", "old names"])
+@pytest.mark.parametrize("kind", ["bin", "safetensors", "shards", "pth", "old names"])
 @torch.no_grad()
 def test_a_pruned_unet_gets_its_widths_from_its_weights(kind, make_model, tmp_path):
     dense, pruned, folder = make_pruned(make_model, tmp_path)
@@ -243,6 +243,14 @@ def test_a_pruned_unet_gets_its_widths_from_its_weights(kind, make_model, tmp_pa
     if kind == "safetensors":
         save_file(state, folder / "unet" / zoo.WEIGHTS)
         stored.write_bytes(b"older")
+    elif kind == "shards":
+        names = sorted(state)
+        parts = {f"diffusion_pytorch_model-{i}.safetensors": names[i::2] for i in (0, 1)}
+        for file, part in parts.items():
+            save_file({name: state[name] for name in part}, folder / "unet" / file)
+        files = {name: file for file, part in parts.items() for name in part}
+        (folder / "unet" / zoo.INDEX).write_text(json.dumps({"weight_map": files}))
+        stored.unlink()
     elif kind == "pth":
         (folder / "pruned").mkdir()
         stored.rename(folder / "pruned" / "unet_pruned.pth")

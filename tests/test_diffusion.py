@@ -162,6 +162,22 @@ def test_noise_of_a_picture_depends_on_seed_and_number_alone():
     assert abs(many.mean().item()) < 0.02 and many.std().item() == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_picture_depends_on_seed_and_number_alone(name):
+    def draw(n, seed, first=0):
+        generators, noise = diffusion.step_generators(n, seed, first), start_noise(Fake(), n, seed, first)
+        return diffusion.generate(Fake(), noise, sampler=name, steps=5, generator=generators)
+
+    pictures = draw(6, seed=3)
+    assert torch.equal(draw(2, 3, first=3), pictures[3:5]) and torch.equal(draw(1, 3, first=5), pictures[5:])
+    assert (draw(6, seed=4) != pictures).float().mean() > 0.9
+
+
+def test_the_noise_of_steps_is_not_that_of_the_start():
+    steps = torch.stack([torch.randn(1, 8, 8, generator=generator) for generator in diffusion.step_generators(6, seed=3)])
+    assert not torch.isin(steps, start_noise(Fake(), 6, seed=3)).any()
+
+
 def test_noise_does_not_disturb_the_global_generator():
     torch.manual_seed(0)
     expected = torch.rand(3)

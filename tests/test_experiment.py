@@ -6,9 +6,11 @@ import json
 import shutil
 
 import pytest
+import ranks
 import torch
+from ranks import command
 
-from sparsedm import data, experiment, metrics, recipes, runlog, structure
+from sparsedm import data, evaluation, experiment, metrics, recipes, runlog, structure
 from sparsedm.models import zoo
 from sparsedm.models.uvit import UViTModel
 
@@ -70,6 +72,43 @@ def test_pruned_models_are_made_by_recipe(tiny_recipes, monkeypatch, reinit):
     shutil.rmtree(tiny_recipes / "pruned")
     assert [state.stage for state in until_sampled("pruned", tiny_recipes)] == ["sample"]  # the gradients were kept
     assert zoo.load(tiny_recipes / "pruned" / "model").config.pruning == pruned.config.pruning
+
+
+def carry_out(out):
+    """What every process does: a recipe that prunes, watches, trains and scores."""
+    prune = {"ratio": 0.5, "round_to": 4, "score": "squared", "threshold": 0.9}
+    options = {"pattern": "2:4", "distil": True, "prune": prune, "train": TRAIN, "watch": (0, 2)}
+    protocol = recipes.Protocol(n=30, steps=2, batch_size=8)
+    recipes.RECIPES["pruned"] = recipes.Recipe("headline", "Tiny", "pruned", "teacher", **options, protocol=protocol)
+    experiment.IMPORTANCE_PICTURES, experiment.WATCH_PICTURES = 4, 20
+    experiment.data.load = lambda name, **options: data.Glyphs(**{"n": 72, **options})
+    evaluation.score = lambda images, *rest: {"n": len(images), "mean": images.float().mean().item()}
+    command("reproduce", "pruned", "--out", out, "--json")
+
+
+def test_processes_share_a_recipe(tmp_path):
+    torch.manual_seed(1)
+    base = UViTModel(**TINY)
+    base.register_to_config(noise_schedule=SCHEDULE)
+    torch.nn.init.normal_(base.final_layer.weight)
+    found = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        zoo.save(base, out / "teacher" / "model")
+        told = ranks.ended(ranks.start(count, out / "told", carry_out, out), out / "told")
+        assert all(code == 0 for code, _ in told), told
+        assert [bool(printed) for _, printed in told] == [True, False][:count]
+        (result,) = json.loads(told[0][1]).values()
+        assert result == json.loads((out / "pruned" / "results.json").read_text())
+        curve = [(point["step"], point["n"]) for point in result["curve"]]
+        assert result["scores"]["n"] == 30 and curve == [(0, 20), (2, 20), (6, 20)]
+        assert len((out / "pruned" / "log.jsonl").read_text().splitlines()) == 1
+        found.append((result, zoo.load(out / "pruned" / "model")))
+    (one, whole), (two, shared) = found
+    assert two["curve"] == [pytest.approx(point, rel=1e-2) for point in one["curve"]]
+    assert whole.config.pruning == shared.config.pruning and whole.config.pruning
+    for a, b in zip(whole.parameters(), shared.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)  # float16
 
 
 def until_sampled(name, out):
@@ -139,7 +178,7 @@ def test_folder_of_other_settings_is_refused(tiny_recipes):
 def test_student_that_is_not_sparse_is_not_scored(tiny_recipes):
     model = UViTModel(**TINY)
     model.register_to_config(noise_schedule=SCHEDULE)
-    experiment._claim(tiny_recipes / "student", TRAIN)
+    experiment._note_settings(tiny_recipes / "student", TRAIN)
     zoo.save(model, tiny_recipes / "student" / "model")
     with pytest.raises(ValueError, match=r"in_blocks\.0\.attn\.qkv is not 2:4"):
         next(experiment.reproduce("student", tiny_recipes, PROTOCOL))

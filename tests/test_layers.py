@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparsedm
-from sparsedm import layers, nm
+from sparsedm import layers, nm, training
 from sparsedm.diffusion import make_scheduler
 from sparsedm.layers import densify, fold, folded, mask_change, masks, nm_layers, set_pattern, sparsify, weight_layers
 from sparsedm.models import zoo
@@ -188,6 +188,21 @@ def test_unet_default_is_everything_but_the_first_and_last_convolution(make_mode
     every = {n for n, m in model.named_modules() if hasattr(m, "weight") and m.weight.dim() in (2, 4) and "class_emb" not in n}
     assert {name for name, _ in nm_layers(model)} == every - {"conv_in", "conv_out"}
     assert model.conv_out.dense_reason == "excluded by rule conv_out"
+
+
+def test_a_subclass_has_the_defaults_of_its_parent(make_model):
+    for kind in ("unet", "uvit"):
+        model, mine = make_model(kind, in_channels=4), make_model(kind, in_channels=4)
+        mine.__class__ = type("Mine", (type("Ours", (type(model),), {}),), {})
+        assert layers.default_exclude(type(mine)) == layers.default_exclude(type(model)) != ()
+        sparsify(model), sparsify(mine)
+        assert [name for name, _ in nm_layers(mine)] == [name for name, _ in nm_layers(model)]
+        notes = ([row.note for row in sparsedm.report(each).rows] for each in (fold(model), fold(mine)))
+        assert next(notes) == next(notes)
+    config = training.TrainConfig(steps=1, optimizer="muon")
+    groups = ([len(o.param_groups[0]["params"]) for o in training._make_optimizers(each, config)] for each in (model, mine))
+    assert next(groups) == next(groups)
+    assert layers.default_exclude(nn.Linear) == ()
 
 
 def test_include_exclude_and_overrides(make_model):

@@ -166,6 +166,20 @@ def test_dense_models_and_unknown_backends_are_refused(model):
         sparsedm.pack(model, backend="gpu")
 
 
+def test_what_cannot_be_timed_is_refused_before_anything_changes():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))  # its class and config tell no inputs
+    layers.sparsify(model)
+    weights = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="no config.sample_size and in_channels; pass inputs="):
+        sparsedm.pack(model)
+    with pytest.raises(TypeError, match="wrong"):
+        sparsedm.pack(model, inputs={"wrong": torch.zeros(1, 16)})
+    assert model.training and [type(layer) for layer in model] == [layers.NMLinear] * 2
+    assert all(map(torch.equal, model.parameters(), weights))
+    inputs = {"input": torch.zeros(1, 16)}
+    assert not sparsedm.pack(model, inputs=inputs).training and not any(True for _ in layers.nm_layers(model))
+
+
 _WITHOUT = """
 import warnings, torch, sparsedm
 model = sparsedm.pack(sparsedm.load("glyphs-uvit-2x4"))

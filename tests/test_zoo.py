@@ -128,7 +128,7 @@ def folder(make_model, tmp_path):
     return tmp_path / "model"
 
 
-NORM = "norm.weight"
+NORM, FP16 = "norm.weight", "diffusion_pytorch_model.fp16.safetensors"
 
 
 def _edit_weights(folder, change):
@@ -177,6 +177,7 @@ def test_an_unknown_name_lists_the_bundled_models():
     (_truncate, ValueError, [zoo.WEIGHTS, "safetensors"]),
     (lambda f: (f / zoo.WEIGHTS).write_bytes(b"not tensors"), ValueError, [zoo.WEIGHTS, "safetensors"]),
     (lambda f: (f / zoo.WEIGHTS).unlink(), FileNotFoundError, [zoo.WEIGHTS, "missing"]),
+    (lambda f: (f / zoo.WEIGHTS).rename(f / FP16), FileNotFoundError, [zoo.WEIGHTS, f"load {FP16} with diffusers'"]),
     (lambda f: (f / zoo.CONFIG).unlink(), FileNotFoundError, [zoo.CONFIG, "missing"]),
     (lambda f: _edit_weights(f, lambda w: {"renamed": w.pop(NORM), **w}), ValueError, [zoo.WEIGHTS, NORM, "renamed"]),
     (lambda f: _edit_weights(f, lambda w: {k: v for k, v in w.items() if k != NORM}), ValueError, [zoo.WEIGHTS, NORM]),
@@ -188,13 +189,70 @@ def test_an_unknown_name_lists_the_bundled_models():
     (lambda f: (f / zoo.CONFIG).write_text("[]"), ValueError, [zoo.CONFIG]),
     (lambda f: _edit_config(f, _class_name=None), ValueError, [zoo.CONFIG, "None"]),
 ], ids=[
-    "truncated", "no safetensors", "no weights", "no config", "renamed tensor", "missing tensor", "wrong shape", "invalid config",
-    "unknown class", "no model class", "config of another size", "config is a list", "no class name",
+    "truncated", "no safetensors", "no weights", "a variant", "no config", "renamed tensor", "missing tensor", "wrong shape",
+    "invalid config", "unknown class", "no model class", "config of another size", "config is a list", "no class name",
 ])  # fmt: skip
 def test_a_damaged_folder_is_an_error_that_names_the_file(folder, damage, error, fragments):
     damage(folder)
     with pytest.raises(error) as caught:
         zoo.load(folder)
+    assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
+
+
+# --- folders that diffusers has split ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(make_model, tmp_path):
+    """A tiny UNet in at least three files, as diffusers saves large models."""
+    make_model("unet").save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(list((tmp_path / "shards").glob(zoo.SHARDS))) > 2 and not (tmp_path / "shards" / zoo.WEIGHTS).exists()
+    return tmp_path / "shards"
+
+
+def _shard(folder):
+    return sorted(folder.glob(zoo.SHARDS))[1]
+
+
+def _edit_shard(folder, change):
+    save_file(change(load_file(_shard(folder))), _shard(folder))
+
+
+def _edit_index(folder, change):
+    index = json.loads((folder / zoo.INDEX).read_text())
+    (folder / zoo.INDEX).write_text(json.dumps({"weight_map": change(index["weight_map"])}))
+
+
+def test_a_split_folder_is_read_measured_and_replaced(shards, make_model):
+    model = make_model("unet")
+    loaded = zoo.load(shards)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert zoo.bytes_of(shards) >= sum(4 * p.numel() for p in model.parameters())
+    zoo.save(loaded, shards)
+    assert {path.name for path in shards.iterdir()} == {zoo.CONFIG, zoo.WEIGHTS}
+    assert zoo.bytes_of(shards) == (shards / zoo.WEIGHTS).stat().st_size
+
+
+@pytest.mark.parametrize("damage, error, fragments", [
+    (lambda f: _shard(f).unlink(), FileNotFoundError, ["-00002-of-", "is missing", zoo.INDEX]),
+    (lambda f: _shard(f).write_bytes(_shard(f).read_bytes()[:-10]), ValueError, ["-00002-of-", "safetensors"]),
+    (lambda f: _edit_shard(f, lambda w: {**w, "more": torch.ones(3)}), ValueError, ["-00002-of-", "more is not listed"]),
+    (lambda f: _edit_shard(f, lambda w: dict([*w.items()][1:])), ValueError, ["-00002-of-", "is missing"]),
+    (lambda f: _edit_index(f, lambda m: dict([*m.items()][1:])), ValueError, ["is not listed in", zoo.INDEX]),
+    (lambda f: _edit_index(f, lambda m: {**m, "x": "../../x.safetensors"}), ValueError, [zoo.INDEX, "beside it"]),
+    (lambda f: _edit_index(f, lambda m: {**m, "x": "config.json"}), ValueError, [zoo.INDEX, "beside it"]),
+    (lambda f: _edit_index(f, lambda m: 3), ValueError, [zoo.INDEX, "not an index"]),
+    (lambda f: (f / zoo.INDEX).write_text("{nothing"), ValueError, [zoo.INDEX, "not an index"]),
+    (lambda f: save_file({"x": torch.ones(1)}, f / zoo.WEIGHTS), ValueError, ["holds both", zoo.INDEX, "remove"]),
+    (lambda f: (f / zoo.INDEX).unlink(), FileNotFoundError, [zoo.WEIGHTS, "is missing"]),
+], ids=[
+    "missing file", "truncated", "further tensor", "missing tensor", "unlisted tensor", "outside the folder", "no safetensors",
+    "no map", "invalid index", "both", "no index",
+])  # fmt: skip
+def test_a_damaged_split_folder_is_an_error_that_names_the_file(shards, damage, error, fragments):
+    damage(shards)
+    with pytest.raises(error) as caught:
+        zoo.load(shards)
     assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
 
 

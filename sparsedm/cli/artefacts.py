@@ -10,6 +10,7 @@ from .common import Data, Device, Json, Model, Seed, bars, free, on, outcome, sh
 
 Sampler = Annotated[str, typer.Option(help="ddim, ddpm or dpm++.")]
 SampleSteps = Annotated[int, typer.Option(help="Sampling steps.")]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; 0 is none.")]
 
 
@@ -20,7 +21,7 @@ def info(model: Model, json: Json = False) -> None:
     loaded, weights = zoo.load(model), zoo.weights_of(model)
     counts, parameters = macs.count(loaded), sum(p.numel() for p in loaded.parameters())
     found = {
-        "class": type(loaded).__name__, "parameters": parameters, "file": weights.name, "bytes": weights.stat().st_size,
+        "class": type(loaded).__name__, "parameters": parameters, "file": weights.name, "bytes": zoo.bytes_of(model),
         "pruned": bool(getattr(loaded.config, "pruning", None)), "macs": {"dense": counts.dense, "sparse": counts.sparse},
         "patterns": {name: str(pattern) for name, pattern in layers.patterns(loaded).items()},
     }  # fmt: skip
@@ -32,12 +33,13 @@ def info(model: Model, json: Json = False) -> None:
 def generate(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The picture file to write.")],
-    n: Annotated[int, typer.Option(help="How many pictures.")] = 16,
+    n: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 16,
     word: Annotated[str, typer.Option(help="For letter models: a word to spell.")] = "",
     label: Annotated[int | None, typer.Option(help="For models with classes: the class of all pictures.")] = None,
     sampler: Sampler = "ddim",
     steps: SampleSteps = 50,
     guidance: Guidance = 0.0,
+    batch_size: Batch = 16,
     pack: Annotated[bool, typer.Option(help="Run N:M layers on their kernels.")] = True,
     device: Device = "",
     seed: Seed = 0,
@@ -48,7 +50,7 @@ def generate(
 
     import torch
 
-    from .. import data, diffusion, layers, packed, plots
+    from .. import data, diffusion, layers, packed, plots, processes, runlog
 
     loaded = zoo.load(model).to(on(device))
     if pack and layers.patterns(loaded):
@@ -58,15 +60,24 @@ def generate(
     n = n if labels is None else len(labels)
     if labels is None and null is not None:
         labels = torch.arange(n) % null if label is None else torch.full((n,), label)
-    states = []
+    starts, seconds, made = processes.share(range(0, n, batch_size)), [], {}
+    options = {"sampler": sampler, "steps": steps, "guidance": guidance}
     with bars(json) as bar:
-        task = bar.add_task("sample", total=steps, note="")
-        noise = diffusion.start_noise(loaded, n, seed)
-        for state in diffusion.sample(loaded, noise, sampler=sampler, steps=steps, class_labels=labels, guidance=guidance):
-            states = [*states, state.seconds]
-            bar.update(task, completed=state.step, note=f"{state.seconds * 1e3:.0f} ms")
-    plots.picture(state.sample, columns=None if word else round(n**0.5) or 1).save(out)
-    median = statistics.median(states) * 1e3
+        task = bar.add_task("sample", total=steps * len(starts), note="")
+        for first in starts:
+            count = min(batch_size, n - first)
+            options["generator"] = diffusion.step_generators(count, seed, first)
+            options["class_labels"] = None if labels is None else labels[first : first + count]
+            for state in diffusion.sample(loaded, diffusion.start_noise(loaded, count, seed, first), **options):
+                seconds.append(state.seconds)
+                bar.update(task, advance=1, note=f"{state.seconds * 1e3:.0f} ms")
+            made[first] = state.sample.cpu()
+    made = processes.collect(made)
+    if not processes.is_main():
+        return
+    images = torch.cat([*made.values()])
+    plots.picture(images, columns=None if word else round(n**0.5), scale=runlog.scale(images)).save(out)
+    median = statistics.median(seconds) * 1e3
     found = {"picture": str(out), "n": n, "ms_per_step": median}
     outcome(found, json, f"{out} written: {n} pictures, {steps} steps of {median:.1f} ms (median)")
 
@@ -75,10 +86,11 @@ def evaluate(
     model: Model,
     out: Annotated[Path, typer.Argument(help="A folder for the pictures; a stopped run goes on.")],
     data: Data = "glyphs",
-    n: Annotated[int, typer.Option(help="How many pictures.")] = 10_000,
+    n: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 10_000,
     sampler: Sampler = "ddim",
     steps: SampleSteps = 50,
     guidance: Guidance = 0.0,
+    batch_size: Batch = 250,
     precision: Annotated[str, typer.Option(help="bf16 (autocast) or fp32.")] = "fp32",
     base: Annotated[str, typer.Option(help="A model to compare with, picture by picture, from the same noise (SSIM).")] = "",
     inception: Annotated[str | None, typer.Option(help="Inception's weights, for FID on sets other than the glyphs.")] = None,
@@ -89,15 +101,17 @@ def evaluate(
     """Score a model's pictures. Example: python -m sparsedm evaluate glyphs-uvit-2x4 scores --n 2048 --base glyphs-uvit"""
     import json as json_module
 
-    from .. import evaluation
+    from .. import evaluation, processes
     from ..recipes import Protocol
 
-    protocol = Protocol(n, sampler, steps, guidance, seed, precision=precision)
+    protocol, others = Protocol(n, sampler, steps, guidance, seed, batch_size, precision), None
     loaded = zoo.load(model).to(on(device))
-    images = show("model", evaluation.sample(loaded, out, protocol), json)
-    others = None
-    if base:
-        others = show("base", evaluation.sample(zoo.load(base).to(on(device)), out / "base", protocol), json)
+    with processes.claimed(out):
+        images = show("model", evaluation.sample(loaded, out, protocol), json)
+        if base:
+            others = show("base", evaluation.sample(zoo.load(base).to(on(device)), out / "base", protocol), json)
+    if not processes.is_main():
+        return
     scores = evaluation.score(images, evaluation.labels(loaded, n), data, others, inception)
     (out / "scores.json").write_text(json_module.dumps(scores, indent=2) + "\n")
     outcome(scores, json, "\n".join(f"{name:14} {value:.4g}" for name, value in scores.items()))
@@ -113,12 +127,13 @@ def export(
         str | None, typer.Option(help="float32, float16 or bfloat16 (folders only); packed: float16, else float32.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="A fixed batch size, for onnx; otherwise it is dynamic.")] = None,
+    json: Json = False,
 ) -> None:
     """Write a model for other programs. Example: python -m sparsedm export glyphs-unet-2x4 unet.onnx --format onnx"""
     from .. import export as exporting
 
     exporting.write(zoo.load(model), out, format, dtype, batch=batch)
-    print(f"{out} written, as {format}")
+    outcome({"model": str(out), "format": format}, json, f"{out} written, as {format}")
 
 
 def convert(

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from .. import processes
 from ..models import zoo
 
 Model = Annotated[str, typer.Argument(help="A bundled model's name or a model folder.")]
@@ -21,6 +22,7 @@ Data = Annotated[str, typer.Option(help="glyphs, glyphs-rgb, digits, cifar10, ce
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Another training setting, such as lr=1e-4 or optimizer=muon; may be repeated.")
 ]
+Half = Annotated[str, typer.Option(help="Of the saved weights: float32, float16 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; the fastest there is by default.")]
 Seed = Annotated[int, typer.Option(help="Of every random draw.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the outcome as one line of JSON, and nothing else.")]
@@ -61,48 +63,54 @@ def settings(given: list[str] | None) -> dict:
 
 
 def bars(quiet: bool = False) -> Progress:
-    """Progress bars on standard error."""
+    """Progress bars on standard error, of the main process."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    return Progress(*columns, console=Console(stderr=True), disable=quiet)
+    return Progress(*columns, console=Console(stderr=True), disable=quiet or not processes.is_main())
 
 
 def show(title: str, states: Iterator, quiet: bool = False):
-    """A bar for every stage of a generator of `Progress`; returns what the generator returns."""
+    """A bar for every stage of a generator of `Progress`; returns what the generator returns.
+
+    Raises:
+        Stopped: by Ctrl-C, after a whole step; the generator is closed then.
+    """
     try:
         state = next(states)  # what is refused is refused before there is a bar
-        with bars(quiet) as bar:
+        with stoppable() as pressed, bars(quiet) as bar:
             tasks = {}
-            while True:
+            while not pressed:
                 if state.stage not in tasks:
                     tasks[state.stage] = bar.add_task(f"{title}: {state.stage}", total=state.total, note="")
                 bar.update(tasks[state.stage], completed=state.done, note=state.note)
                 state = next(states)
+        states.close()
+        raise Stopped(f"stopped ({title}: {state.stage}, {state.done} of {state.total}); go on with the same command")
     except StopIteration as end:
         return end.value
 
 
 def on(device: str) -> torch.device:
-    """The device called so, the fastest there is for "". Raises ValueError if it is not there."""
+    """The device called so, for "" the fastest there is for this process; accelerate takes it for training, too.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    own = processes.state().device
     if not device:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return own
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from error
-    return found
-
-
-def train_on(device: str) -> None:
-    """Let accelerate, which places models itself, train on this device."""
-    found = on(device)
-    if device and found.type == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    elif device and found.type == "cuda":
+    if found.type == "cuda" and found.index is not None:
         torch.cuda.set_device(found)
+    return found
 
 
 def load_or_build(name: str, seed: int = 0) -> nn.Module:
@@ -114,8 +122,9 @@ def load_or_build(name: str, seed: int = 0) -> nn.Module:
 
 
 def outcome(found: dict, as_json: bool, text: str) -> None:
-    """Print what came out, for programs or for people."""
-    print(json.dumps(found) if as_json else text)
+    """Print what came out, for programs or for people; only the main process does."""
+    if processes.is_main():
+        print(json.dumps(found) if as_json else text)
 
 
 def free(out: Path) -> None:

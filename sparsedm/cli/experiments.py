@@ -1,14 +1,14 @@
 """Commands for the experiments: reproduce, compare, bench."""
 
 import functools
-import json
+import json as json_module
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import Set, settings, show
+from .common import Device, Json, Set, on, outcome, settings, show
 
 
 def reproduce(
@@ -28,24 +28,29 @@ def reproduce(
     inception: Annotated[str | None, typer.Option(help="Inception's weights, for FID on sets other than the glyphs.")] = None,
     vae: Annotated[str | None, typer.Option(help="Folder of the autoencoder, for latent models.")] = None,
     reference: Annotated[str, typer.Option(help="Data set for FID instead of the training set, such as folder:PATH.")] = "",
+    device: Device = "",
+    json: Json = False,
 ) -> None:
     """Train, save and score experiments. Example: python -m sparsedm reproduce glyphs-uvit-2x4"""
     from sparsedm import experiment, recipes
 
     if name == "list":
-        for known in recipes.NAMES:
-            found = recipes.RECIPES.get(known)
-            print(f"{known:36} {found.suite + ': ' + found.title if found else 'scores the letters'}")
+        known = {each: f"{found.suite}: {found.title}" for each, found in recipes.RECIPES.items()}
+        known = {recipes.CLASSIFIER: "scores the letters", **known}
+        outcome(known, json, "\n".join(f"{each:36} {what}" for each, what in known.items()))
         return
     if bool(name) == all:
         raise ValueError("name a recipe (reproduce list shows them), or ask for --all")
     pool = recipes.LETTERS if all else recipes.NAMES
     chosen = [recipe for recipe in pool if all or fnmatchcase(recipe, name)] or [name]
     runs = [(number, recipe) for recipe in chosen for number in (recipes.seeds(recipe) if seed is None else (seed,))]
+    results, options = {}, settings(set_)
+    on(device)
     for number, recipe in sorted(runs, key=lambda run: run[0]):
         run, protocol = recipes.run_name(recipe, number), recipes.protocol(recipe, n)
-        show(run, experiment.reproduce(recipe, out, protocol, bundle, number, inception, vae, reference, **settings(set_)))
-        print(f"results in {out / run / experiment.RESULTS_FILE}")
+        states = experiment.reproduce(recipe, out, protocol, bundle, number, inception, vae, reference, **options)
+        results[run] = show(run, states, json)
+    outcome(results, json, "\n".join(f"results in {out / run / experiment.RESULTS_FILE}" for run in results))
 
 
 def compare(
@@ -88,6 +93,7 @@ def bench(
     compile: Annotated[bool, typer.Option(help="For step: torch.compile both sides, too.")] = True,
     runs: Annotated[Path, typer.Option(help="For methods: the folder that reproduce wrote.")] = Path("runs"),
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file, and draw them beside it.")] = None,
+    json: Json = False,
 ) -> None:
     """Measure this machine: what packing gains, what masks cost. Example: python -m sparsedm bench --what layers"""
     from sparsedm import bench as training
@@ -112,10 +118,11 @@ def bench(
         result = {**speed.machine(), "rows": []}
         for row in rows:
             result["rows"].append(row)
-            print((shares if what == "shares" else speed).line(row), flush=True)
-    text = json.dumps(result, indent=1)
-    if rows is None:
-        print(text)
+            if not json:
+                print((shares if what == "shares" else speed).line(row), flush=True)
+    text = json_module.dumps(result, indent=1)
+    if json or rows is None:
+        outcome(result, json, text)
     if output:
         output.write_text(text + "\n")
         if rows is not None and what != "shares":

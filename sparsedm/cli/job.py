@@ -1,58 +1,78 @@
 """A training job: one run per folder, stoppable, logged, on one process or several."""
 
-import contextlib
+import dataclasses
+import functools
+import inspect
 import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from accelerate.utils import reduce
+import typer
 from torch import nn
 
-from .. import files, layers, runlog
+from .. import files, layers, processes, runlog
 from ..distill import TrainState
 from ..models import zoo
 from ..training import CHECKPOINT
-from .common import Stopped, bars, outcome, stoppable
+from .common import Data, Device, Half, Json, Seed, Set, Stopped, bars, on, outcome, settings, stoppable
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Job:
-    """How a training is carried out: its folder, what to do in it, and `told`, the settings for the tracker."""
+    """The options that the commands for training share, and how a training is carried out."""
 
-    out: Path
-    resume: bool
-    dtype: str
-    json: bool
-    track: str
-    samples_every: int
-    told: dict
+    out: Annotated[Path, typer.Argument(help="A folder for checkpoints, log and, in OUT/model, the model.")]
+    data: Data = "glyphs"
+    steps: Annotated[int, typer.Option(help="Training steps in all.")] = 1000
+    batch_size: Annotated[int, typer.Option(help="Pictures per step, over all processes.")] = 64
+    set_: Set = None
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False
+    track: Annotated[str, typer.Option(help="tensorboard, wandb, ... or none; TensorBoard by default, if it is installed.")] = ""
+    samples_every: Annotated[int, typer.Option(help="Draw a grid of pictures every so many steps; 0 never does.")] = 0
+    dtype: Half = "float16"
+    device: Device = ""
+    seed: Seed = 0
+    json: Json = False
 
-    def run(self, states: Iterator[TrainState], model: nn.Module) -> None:
-        """Train, and save the averaged model in `out`/model. Of several processes the first one claims, logs and saves.
+    @property
+    def options(self) -> dict:
+        """Keyword arguments of `distill.train` and `finetune`."""
+        options = {"steps": self.steps, "batch_size": self.batch_size, "seed": self.seed}
+        return {"data": self.data, **options, **settings(self.set_)}
+
+    def run(self, train: Callable[..., Iterator[TrainState]], trained: nn.Module, **told) -> None:
+        """Train with `train(trained, out=..., **options)`, and save the averaged model in `out`/model.
+
+        Of several processes the first one claims, logs and saves. The tracker gets the options and what else is `told`.
 
         Raises:
             ValueError: the folder holds a run and `resume` was not asked for, or the other way round.
             Stopped: by Ctrl-C; a checkpoint was left.
         """
-        began, main, line = time.perf_counter(), runlog.process().is_main_process, {}
-        with files.claimed(self.out) if main else contextlib.nullcontext(), stoppable() as pressed:
+        on(self.device)
+        states = train(trained, out=self.out / "train", **self.options)
+        began, main, line = time.perf_counter(), processes.is_main(), {}
+        with processes.claimed(self.out), stoppable() as pressed:
             self._check()
-            log = runlog.RunLog(self.out / "log.jsonl", tracker=self._tracker()) if main else None
+            if main:
+                files.sweep(self.out)
+            log = runlog.RunLog(self.out / "log.jsonl", tracker=self._tracker(told)) if main else None
             first = next(states, None)
-            with bars(self.json or not main or first is None) as bar:
+            with bars(self.json or first is None) as bar:
                 task = bar.add_task("train", total=first.steps if first else 0, note="")
                 for state in itertools.chain([first] if first else [], states):
                     if main:
                         line = self._note(log, state) or line
                     bar.update(task, completed=state.step, note=f"loss {line.get('loss', state.loss):.4f}")
-                    if state.step < state.steps and _anywhere(bool(pressed)):
+                    # all must stop at the same step
+                    if state.step < state.steps and processes.anywhere(bool(pressed)):
                         states.close()
                         raise Stopped(f"stopped at step {state.step} of {state.steps}; go on with the same command and --resume")
         if main:
-            self._finish(log, model, line, time.perf_counter() - began)
+            self._finish(log, trained, line, time.perf_counter() - began)
 
     def _check(self) -> None:
         there = (self.out / "train" / CHECKPOINT).exists()
@@ -61,8 +81,8 @@ class Job:
         if self.resume and not there:
             raise ValueError(f"{self.out} holds no run to resume")
 
-    def _tracker(self):
-        return runlog.start_tracker(self.track, self.out, self.told)
+    def _tracker(self, told: dict):
+        return runlog.start_tracker(self.track, self.out, {**told, **self.options})
 
     def _note(self, log: runlog.RunLog, state: TrainState) -> dict | None:
         line = log.add(state)
@@ -79,9 +99,15 @@ class Job:
         outcome(found, self.json, f"{path} written" + (f"; its loss was {line['loss']:.4f}" if line else ""))
 
 
-def _anywhere(here: bool) -> bool:
-    """Whether it is so in any process: all must stop at the same step."""
-    state = runlog.process()
-    if state.num_processes == 1:
-        return here
-    return bool(reduce(torch.tensor(float(here), device=state.device), "sum") > 0)
+def with_job(command: Callable) -> Callable:
+    """`command` for typer: its parameter `job` replaced by the fields of `Job`."""
+
+    @functools.wraps(command)
+    def run(**given):
+        job = Job(**{field.name: given.pop(field.name) for field in dataclasses.fields(Job)})
+        return command(job=job, **given)
+
+    own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "job"]
+    parameters = [*own, *inspect.signature(Job).parameters.values()]
+    run.__signature__ = inspect.Signature(sorted(parameters, key=lambda parameter: parameter.default is not parameter.empty))
+    return run

@@ -1,6 +1,7 @@
 """Commands that train or change a model: train, finetune, sparsify, prune."""
 
 import copy
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -8,77 +9,43 @@ import torch
 import typer
 
 from ..models import zoo
-from .common import Data, Device, Json, Model, Seed, Set, bars, free, load_or_build, on, outcome, settings, train_on
-from .job import Job
+from .common import Data, Device, Half, Json, Model, Seed, bars, free, load_or_build, on, outcome
+from .job import Job, with_job
 
-Out = Annotated[Path, typer.Argument(help="A folder for checkpoints, log and, in OUT/model, the model.")]
-Steps = Annotated[int, typer.Option(help="Training steps in all.")]
-Batch = Annotated[int, typer.Option(help="Pictures per step, over all processes.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")]
 Pattern = Annotated[str, typer.Option(help="N:M, such as 2:4.")]
 Globs = Annotated[list[str] | None, typer.Option(help="Layers to leave dense, such as 'mid_block.*'; may be repeated.")]
-Track = Annotated[str, typer.Option(help="tensorboard, wandb, ... or none; TensorBoard by default, if it is installed.")]
-Samples = Annotated[int, typer.Option(help="Draw a grid of pictures every so many steps; 0 never does.")]
-Half = Annotated[str, typer.Option(help="Of the saved weights: float32, float16 or bfloat16.")]
 
 
+@with_job
 def train(
     model: Annotated[
         str, typer.Argument(help="A bundled model's name, a model folder, or a paper's configuration (fresh weights).")
     ],
-    out: Out,
-    data: Data = "glyphs",
-    steps: Steps = 1000,
-    batch_size: Batch = 64,
-    set_: Set = None,
-    resume: Resume = False,
-    track: Track = "",
-    samples_every: Samples = 0,
-    dtype: Half = "float32",
-    device: Device = "",
-    seed: Seed = 0,
-    json: Json = False,
+    job: Job,
 ) -> None:
     """Train a dense or a pruned model. Example: python -m sparsedm train ddpm-cifar10 out --data folder:pictures"""
     from .. import distill
 
-    train_on(device)
-    trained = load_or_build(model, seed)
-    options = {"steps": steps, "batch_size": batch_size, "seed": seed, **settings(set_)}
-    states = distill.train(trained, data, out=out / "train", **options)
-    Job(out, resume, dtype, json, track, samples_every, {"model": model, "data": data, **options}).run(states, trained)
+    job.run(distill.train, load_or_build(model, job.seed), model=model)
 
 
+@with_job
 def finetune(
     teacher: Model,
-    out: Out,
-    data: Data = "glyphs",
+    job: Job,
     pattern: Pattern = "2:4",
     student: Annotated[str, typer.Option(help="A model to start from instead of the teacher: a pruned one, say.")] = "",
     decay: Annotated[float, typer.Option(help="Lambda of SR-STE; 0 is plain STE.")] = 2e-4,
     exclude: Globs = None,
-    steps: Steps = 1000,
-    batch_size: Batch = 64,
-    set_: Set = None,
-    resume: Resume = False,
-    track: Track = "",
-    samples_every: Samples = 0,
-    dtype: Half = "float16",
-    device: Device = "",
-    seed: Seed = 0,
-    json: Json = False,
 ) -> None:
     """Make a sparse student of a dense teacher (SparseDM). Example: python -m sparsedm finetune glyphs-unet out --steps 2000"""
     from .. import distill, layers
 
-    train_on(device)
     source = zoo.load(teacher)
     sparse = zoo.load(student) if student else copy.deepcopy(source)
     layers.sparsify(sparse, pattern, exclude=exclude, decay=decay)
-    options = {"steps": steps, "batch_size": batch_size, "seed": seed, **settings(set_)}
-    states = distill.finetune(sparse, source, data, out=out / "train", **options)
-    told = {"teacher": teacher, "student": student, "pattern": pattern, "data": data, **options}
-    Job(out, resume, dtype, json, track, samples_every, told).run(states, sparse)
+    transfer = functools.partial(distill.finetune, teacher=source)
+    job.run(transfer, sparse, teacher=teacher, student=student, pattern=pattern)
 
 
 def sparsify(

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 import diffusers
@@ -12,13 +13,14 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .. import layers, nm, packing, structure
+from .. import layers, nm, packing, statedict, structure
 from ..files import replacing_folder
 from ..packed import is_packed, unpack
 from . import classifier, uvit
 
 ASSETS = Path(__file__).parent.parent / "assets"
 WEIGHTS, PACKED, CONFIG = "diffusion_pytorch_model.safetensors", "packed.safetensors", "config.json"
+INDEX, SHARDS = f"{WEIGHTS}.index.json", "diffusion_pytorch_model-*.safetensors"  # of weights that diffusers has split
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def build(name: str) -> ModelMixin:
 
 
 def load(name_or_folder: str | Path) -> ModelMixin:
-    """A bundled model by name, or a model folder (config.json and a safetensors file), in float32 and eval mode.
+    """A bundled model by name, or a model folder (config.json and safetensors), in float32 and eval mode.
 
     Its config carries the noise schedule and prediction type as `noise_schedule`, which sampling and training then use; for
     the folder of a diffusers pipeline they are those of its scheduler.
@@ -143,9 +145,22 @@ def _folder_of(name_or_folder: str | Path) -> Path:
 
 
 def weights_of(name_or_folder: str | Path) -> Path:
-    """The weights file of a bundled model or model folder: the packed one if there is one. Raises as `load`."""
+    """The weights file of a bundled model or model folder, the packed one if there is one, or the index of several.
+
+    Raises:
+        ValueError: there are both, or as `load`.
+    """
     folder = _folder_of(name_or_folder)
-    return folder / (PACKED if (folder / PACKED).exists() else WEIGHTS)
+    there = [name for name in (PACKED, WEIGHTS, INDEX) if (folder / name).exists()]
+    if there == [WEIGHTS, INDEX]:
+        raise ValueError(f"{folder} holds both {WEIGHTS} and {INDEX}; remove the older one")
+    return folder / (there[0] if there else WEIGHTS)
+
+
+def bytes_of(name_or_folder: str | Path) -> int:
+    """The size of the weights file, or of all that it lists. Raises as `load`."""
+    path = weights_of(name_or_folder)
+    return sum(each.stat().st_size for each in (path.parent.glob(SHARDS) if path.name == INDEX else [path]))
 
 
 def save(
@@ -181,7 +196,8 @@ def save(
 
 
 def _check_replaceable(folder: Path) -> None:
-    others = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, PACKED, "README.md"} if folder.is_dir() else set()
+    others = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = {name for name in others if name not in (CONFIG, WEIGHTS, INDEX, PACKED, "README.md") and not fnmatch(name, SHARDS)}
     if others or (folder.exists() and not folder.is_dir()):
         raise ValueError(
             f"{folder} is in the way and is no model folder (it holds {', '.join(sorted(others)[:3])}); name a new one"
@@ -229,9 +245,14 @@ def _class_of(config: Mapping, folder: Path) -> type[ModelMixin]:
 
 def _load_weights(model: ModelMixin, path: Path) -> None:
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; a model folder holds {CONFIG} and {WEIGHTS}")
+        others = [each.name for each in path.parent.glob("diffusion_pytorch_model*") if not each.match(SHARDS)]
+        remedy = f"; load {others[0]} with diffusers' from_pretrained and save it with sparsedm.save" if others else ""
+        raise FileNotFoundError(f"{path} is missing; a model folder holds {CONFIG} and {WEIGHTS}{remedy}")
+    readers = {PACKED: packing.read, WEIGHTS: _read_plain, INDEX: statedict.read_shards}
     try:
-        weights = packing.read(path) if path.name == PACKED else _read_plain(path)
+        weights = readers[path.name](path)
+    except FileNotFoundError:
+        raise
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or save it again") from error
     weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
