@@ -64,10 +64,10 @@ def finetune(student: nn.Module, teacher: nn.Module | None, data: str | Dataset,
     eval mode and gets no gradient. When the generator is exhausted, `student` holds the EMA weights, in eval mode.
 
     Args:
-        data: a data set or its name (`sparsedm.data.NAMES`). Items are (picture, label), or (picture, dict of the arguments
-            that condition the model), such as {"encoder_hidden_states": [tokens, dim]}. Labels are dropped with `p_uncond`,
-            and so are entries of the dict for which the data set's attribute `null`, a dict, has another value. The pictures of
-            latent models are latents.
+        data: a data set, or its name (`sparsedm.data.NAMES`) for pictures of the model's size. Items are (picture, label), or
+            (picture, dict of the arguments that condition the model), such as {"encoder_hidden_states": [tokens, dim]}. Labels
+            are dropped with `p_uncond`, and so are entries of the dict for which the data set's attribute `null`, a dict, has
+            another value. The pictures of latent models are latents.
         scheduler: a diffusers scheduler with the noise schedule and prediction type; by default that in the student's
             config (`noise_schedule`), else DDPM's linear one with noise prediction; rectified flow for SD3 and Flux.
         out: a folder for checkpoints; a run that finds its own checkpoint there goes on from it. One is written, too, when the
@@ -76,7 +76,7 @@ def finetune(student: nn.Module, teacher: nn.Module | None, data: str | Dataset,
 
     Raises:
         ValueError: a bad option, a checkpoint in `out` that belongs to a run with other settings, data without what the model
-            needs, or a model that predicts a variance and has no teacher for it.
+            needs, with other channels or more classes, or a model that predicts a variance and has no teacher for it.
         BlockingIOError: another process trains in `out`.
         FloatingPointError: the loss is not finite (names the step; the last checkpoint stays).
     """
@@ -93,9 +93,10 @@ def _run(
     **options,
 ) -> Iterator[TrainState]:
     config = TrainConfig.of(options)
-    dataset = data_module.load(data)
+    dataset = data_module.load(data, size=denoisers.picture_size(model))
     scheduler = scheduler or diffusion.training_scheduler(model)
     _check_trainable(model, teacher, scheduler, config)
+    _check_data(model, dataset, config)
     for _, pattern in config.pattern_schedule:
         layers.set_pattern(model, pattern)  # all of them fit, or none is trained
     processes.state()  # before accelerate looks for the processes in its own way
@@ -181,6 +182,20 @@ def _check_trainable(model: nn.Module, teacher: nn.Module | None, scheduler: Sch
         raise ValueError(f"{name} predicts a flow; pass a FlowMatchEulerDiscreteScheduler, not a {type(scheduler).__name__}")
     if denoisers.predicts_variance(model) and (teacher is None or not config.teacher_weight):
         raise ValueError(f"{name} predicts a variance, too, which only a teacher can train here; use finetune with one")
+
+
+def _check_data(model: nn.Module, dataset: Dataset, config: TrainConfig) -> None:
+    name, null, classes = type(model).__name__, denoisers.null_label(model), len(getattr(dataset, "classes", ()))
+    try:
+        expected, found = denoisers.of(model).shape(model)[0], dataset[0][0].shape[0]
+    except ValueError:  # the config does not tell
+        expected = found = 0
+    if expected != found:
+        remedy = "; sparsedm.latents.encode makes latents of pictures" if expected == 4 else ""
+        raise ValueError(f"{name} takes pictures of {expected} channels, those of the data set have {found}{remedy}")
+    if null is not None and classes > null + (not config.p_uncond):
+        remedy = "; set p_uncond=0 if its last label is a class, too" if classes == null + 1 else ""
+        raise ValueError(f"{name} has {null} classes and a label for none, the data set {classes}{remedy}")
 
 
 def _train_mode(model: nn.Module) -> nn.Module:

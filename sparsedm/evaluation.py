@@ -129,7 +129,7 @@ def score(
     scores = {"n": len(images)}
     if glyphs or inception:
         split = {"split": "test", "n": len(images)} if glyphs else {}
-        real, _ = data.stack(data.load(reference or dataset, **split))
+        real, _ = data.stack(data.load(reference or dataset, size=images.shape[-1], **split))
         scores |= metrics.frechet(images, data.to_uint8(real), inception)
     if glyphs and asked is not None:
         scores["readability"] = metrics.readability(images, asked)
