@@ -102,10 +102,14 @@ def test_a_tracker_gets_settings_losses_flips_and_pictures(tiny, tmp_path, monke
     assert [path.name for path in sorted((tmp_path / "out" / "samples").iterdir())] == ["00000050.png", "00000100.png"]
 
 
-def test_an_official_checkpoint_becomes_a_model_folder(tmp_path):
-    model = UViTModel(sample_size=8, in_channels=3, embed_dim=64, depth=2, num_heads=1)
+def test_an_official_checkpoint_becomes_a_model_folder(tmp_path, monkeypatch, capsys):
+    model = UViTModel(sample_size=8, in_channels=3, embed_dim=16, depth=2, num_heads=4)
     torch.save(model.state_dict(), tmp_path / "nnet_ema.pth")
-    found = ask("convert", tmp_path / "nnet_ema.pth", tmp_path / "uvit")
+    convert = ("convert", tmp_path / "nnet_ema.pth", tmp_path / "uvit")
+    assert "width 16 is below 64; give num_heads" in refusal(monkeypatch, capsys, *convert)
+    assert "not with heads" in refusal(monkeypatch, capsys, *convert, "--set", "heads=4")
+    found = ask(*convert, "--set", "num_heads=4")
+    assert zoo.load(found["model"]).config.num_heads == 4
     state = zoo.load(found["model"]).state_dict()
     assert found["class"] == "UViTModel" and all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
