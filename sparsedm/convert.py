@@ -3,9 +3,10 @@
 Sizes are read off the shapes. Pickled code in the files is refused, never run.
 """
 
+import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from diffusers import ModelMixin, UNet2DModel
@@ -31,14 +32,20 @@ def load(path: str | Path, **options) -> ModelMixin:
     """The model in an official checkpoint, whichever of `uvit`, `ddim` and `diff_pruning` it is for; options as theirs.
 
     Raises:
-        ValueError: it is for none of them, or as they do.
+        ValueError: it is for none of them, an option that is not of the one it is for, or as they do.
     """
-    if Path(path).is_dir():
-        return diff_pruning(path, **options)
+    converter = diff_pruning if Path(path).is_dir() else _converter(path)
+    _, *known = inspect.signature(converter).parameters
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"{path} is converted with {', '.join(known)}, not with {unknown[0]}")
+    return converter(path, **options)
+
+
+def _converter(path: str | Path) -> Callable[..., ModelMixin]:
     state = read(path)
     for convert, name in ((uvit, "patch_embed.proj.weight"), (ddim, "temb.dense.0.weight")):
         if name in state:
-            return convert(path, **options)
+            return convert
     raise ValueError(f"{path} is neither of U-ViT nor of the DDIM code; it begins with {', '.join(list(state)[:3])}")
 
 

@@ -198,6 +198,12 @@ def null_label(model: nn.Module) -> int | None:
     return of(model).null_label(model)
 
 
+def picture_size(model: nn.Module) -> int | None:
+    """Height and width of its pictures, or None if they are not square or the config does not tell."""
+    size = getattr(getattr(model, "config", None), "sample_size", None)
+    return size if isinstance(size, int) else None
+
+
 def predicts_variance(model: nn.Module) -> bool:
     """Whether `model` predicts a variance beside the noise, in as many channels more."""
     return getattr(model.config, "out_channels", None) == 2 * getattr(model.config, "in_channels", 0)

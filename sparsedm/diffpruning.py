@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import dryrun, structure
+from .denoisers import null_label
 from .diffusion import make_scheduler
 from .structure import Group
 
@@ -33,9 +34,9 @@ def importance(
 ) -> Iterator[TimestepLoss]:
     """Accumulate in the model's `.grad` the gradients of the noise loss at t = 0, 1, 2, ..., unweighted.
 
-    All timesteps share the pictures [B, C, H, W] and one noise (section 3.2 and the official code). It stops before the first
-    t whose loss is below `threshold` times the largest so far: noisy steps say little about the picture. Models that predict
-    velocity or the picture are scored by the noise that their prediction implies.
+    All timesteps share the pictures [B, C, H, W], their labels [B] if the model takes any, and one noise (section 3.2 and the
+    official code). It stops before the first t whose loss is below `threshold` times the largest so far: noisy steps say little
+    about the picture. Models that predict velocity or the picture are scored by the noise that their prediction implies.
 
     Raises:
         ValueError: a threshold outside [0, 1).
@@ -45,8 +46,10 @@ def importance(
         raise ValueError(f"threshold {threshold} is not in [0, 1)")
     model.eval().requires_grad_(True).zero_grad()
     scheduler = make_scheduler("ddpm", model)
+    images = images.to(next(model.parameters()).device)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).to(images)
-    labels = {} if class_labels is None else {"class_labels": class_labels}
+    labelled = class_labels is not None and null_label(model) is not None
+    labels = {"class_labels": class_labels.to(images.device)} if labelled else {}
     steps, largest = scheduler.config.num_train_timesteps, 0.0
     for t in range(steps):
         at = torch.full((images.shape[0],), t, device=images.device)

@@ -157,8 +157,8 @@ def sample(
         generator: for samplers that add noise (ddpm): one, or one per picture (`step_generators`).
 
     Raises:
-        ValueError: guidance for a model without classes, steps out of range, no `conditioning` for a model that takes text, or
-            a model that predicts a flow.
+        ValueError: guidance for a model without classes, a class that it does not have, steps out of range, no `conditioning`
+            for a model that takes text, or a model that predicts a flow.
     """
     if denoisers.of(model).flow:
         raise ValueError(f"{type(model).__name__} predicts a flow; sample it with its diffusers pipeline")
@@ -167,7 +167,10 @@ def sample(
     train_steps = scheduler.config.num_train_timesteps
     if not 1 <= steps <= train_steps:
         raise ValueError(f"steps must be in 1..{train_steps}, not {steps}")
-    if null_label(model) is None and (class_labels is not None or (guidance and negative is None)):
+    null = null_label(model)
+    if null is not None and class_labels is not None and not 0 <= int(class_labels.min()) <= int(class_labels.max()) <= null:
+        raise ValueError(f"the classes of this model are 0 to {null - 1}, and {null} for none")
+    if null is None and (class_labels is not None or (guidance and negative is None)):
         raise ValueError("this model has no classes: leave class_labels out and guidance at 0, or give negative={...}")
     parameter = next(model.parameters())
     x = noise.to(parameter.device, parameter.dtype) * scheduler.init_noise_sigma

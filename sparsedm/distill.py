@@ -76,7 +76,7 @@ def finetune(student: nn.Module, teacher: nn.Module | None, data: str | Dataset,
 
     Raises:
         ValueError: a bad option, a checkpoint in `out` that belongs to a run with other settings, data without what the model
-            needs, or a model that predicts a variance and has no teacher for it.
+            needs, with other channels or more classes, or a model that predicts a variance and has no teacher for it.
         BlockingIOError: another process trains in `out`.
         FloatingPointError: the loss is not finite (names the step; the last checkpoint stays).
     """
@@ -96,6 +96,7 @@ def _run(
     dataset = data_module.load(data, size=denoisers.picture_size(model))
     scheduler = scheduler or diffusion.training_scheduler(model)
     _check_trainable(model, teacher, scheduler, config)
+    _check_data(model, dataset, config)
     for _, pattern in config.pattern_schedule:
         layers.set_pattern(model, pattern)  # all of them fit, or none is trained
     processes.state()  # before accelerate looks for the processes in its own way
@@ -181,6 +182,20 @@ def _check_trainable(model: nn.Module, teacher: nn.Module | None, scheduler: Sch
         raise ValueError(f"{name} predicts a flow; pass a FlowMatchEulerDiscreteScheduler, not a {type(scheduler).__name__}")
     if denoisers.predicts_variance(model) and (teacher is None or not config.teacher_weight):
         raise ValueError(f"{name} predicts a variance, too, which only a teacher can train here; use finetune with one")
+
+
+def _check_data(model: nn.Module, dataset: Dataset, config: TrainConfig) -> None:
+    name, null, classes = type(model).__name__, denoisers.null_label(model), len(getattr(dataset, "classes", ()))
+    try:
+        expected, found = denoisers.of(model).shape(model)[0], dataset[0][0].shape[0]
+    except ValueError:  # the config does not tell
+        expected = found = 0
+    if expected != found:
+        remedy = "; sparsedm.latents.encode makes latents of pictures" if expected == 4 else ""
+        raise ValueError(f"{name} takes pictures of {expected} channels, those of the data set have {found}{remedy}")
+    if null is not None and classes > null + (not config.p_uncond):
+        remedy = "; set p_uncond=0 if its last label is a class, too" if classes == null + 1 else ""
+        raise ValueError(f"{name} has {null} classes and a label for none, the data set {classes}{remedy}")
 
 
 def _train_mode(model: nn.Module) -> nn.Module:

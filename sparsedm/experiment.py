@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from . import data, diffpruning, diffusion, distill, evaluation, layers, macs, metrics, nm, plots, processes, structure
+from . import data, denoisers, diffpruning, distill, evaluation, layers, macs, metrics, nm, plots, processes, structure
 from .evaluation import Progress
 from .files import replacing
 from .models import classifier, zoo
@@ -231,8 +231,8 @@ def _importance(model: nn.Module, dataset: str, threshold: float, seed: int, fol
     """Give the model the gradients of Diff-Pruning's importance; they are kept in `folder` for the next recipe."""
     path = folder / f"importance-{threshold:g}-{seed}.safetensors"
     if processes.is_main() and not path.exists():
-        images, labels = data.stack(data.load(dataset, n=IMPORTANCE_PICTURES), IMPORTANCE_PICTURES)
-        labels = None if diffusion.null_label(model) is None else labels
+        pictures = data.load(dataset, n=IMPORTANCE_PICTURES, size=denoisers.picture_size(model))
+        images, labels = data.stack(pictures, IMPORTANCE_PICTURES)
         for state in diffpruning.importance(model, images, labels, threshold=threshold, seed=seed):
             yield Progress("importance", state.timestep + 1, state.timesteps, f"loss {state.loss:.4f}")
         folder.mkdir(parents=True, exist_ok=True)

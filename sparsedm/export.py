@@ -24,7 +24,6 @@ from .models import zoo
 from .nm import NMPattern
 
 FORMATS = ("diffusers", "packed", "onnx")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INPUTS = ("sample", "timestep", "class_labels", "encoder_hidden_states")
 OUTPUT = "out_sample"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}  # largest error that passes, relative to the largest output
@@ -36,7 +35,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 def write(model: nn.Module, out: str | Path, format: str, dtype: str | None = None, *, batch: int | None = None) -> None:
     """Write a model that is dense, in sparse training, folded or packed as one of FORMATS; it is not touched.
 
-    "diffusers" is `sparsedm.save`, "packed" `sparsedm.save_packed`, "onnx" the function `onnx`. `dtype` is a name in DTYPES, by
+    "diffusers" is `sparsedm.save`, "packed" `sparsedm.save_packed`, "onnx" the function `onnx`. `dtype` is in zoo.DTYPES, by
     default float16 for "packed", else float32. An earlier model folder at `out` is replaced, another folder is not.
 
     Raises:
@@ -45,16 +44,14 @@ def write(model: nn.Module, out: str | Path, format: str, dtype: str | None = No
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
-    dtype = dtype or ("float16" if format == "packed" else "float32")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    weights = zoo.dtype_of(dtype or ("float16" if format == "packed" else "float32"))
     if format == "onnx":
-        onnx(model, out, batch=batch, dtype=DTYPES[dtype])
+        onnx(model, out, batch=batch, dtype=weights)
         return
     if batch is not None:
         raise ValueError(f"a fixed batch is for onnx; {format} folders take any")
     save = zoo.save if format == "diffusers" else zoo.save_packed
-    save(model, out, DTYPES[dtype])
+    save(model, out, weights)
 
 
 def onnx(

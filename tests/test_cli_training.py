@@ -102,10 +102,14 @@ def test_a_tracker_gets_settings_losses_flips_and_pictures(tiny, tmp_path, monke
     assert [path.name for path in sorted((tmp_path / "out" / "samples").iterdir())] == ["00000050.png", "00000100.png"]
 
 
-def test_an_official_checkpoint_becomes_a_model_folder(tmp_path):
-    model = UViTModel(sample_size=8, in_channels=3, embed_dim=64, depth=2, num_heads=1)
+def test_an_official_checkpoint_becomes_a_model_folder(tmp_path, monkeypatch, capsys):
+    model = UViTModel(sample_size=8, in_channels=3, embed_dim=16, depth=2, num_heads=4)
     torch.save(model.state_dict(), tmp_path / "nnet_ema.pth")
-    found = ask("convert", tmp_path / "nnet_ema.pth", tmp_path / "uvit")
+    convert = ("convert", tmp_path / "nnet_ema.pth", tmp_path / "uvit")
+    assert "width 16 is below 64; give num_heads" in refusal(monkeypatch, capsys, *convert)
+    assert "not with heads" in refusal(monkeypatch, capsys, *convert, "--set", "heads=4")
+    found = ask(*convert, "--set", "num_heads=4")
+    assert zoo.load(found["model"]).config.num_heads == 4
     state = zoo.load(found["model"]).state_dict()
     assert found["class"] == "UViTModel" and all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
@@ -164,6 +168,9 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, monkeypatch,
         (("train", "{}/tiny", "{}/o", "--device", "abacus"), "device 'abacus' is not there"),
         (("prune", "{}/tiny", "{}/tiny"), "is there already"),
         (("finetune", "{}/tiny", "{}/o", "--pattern", "4:2"), "4:2"),
+        (("finetune", "{}/tiny", "{}/o", "--dtype", "int8"), "unknown dtype 'int8'; known: float32, float16, bfloat16"),
+        (("finetune", "{}/tiny", "{}/o", "--data", "glyphs-rgb"), "UViTModel takes pictures of 1 channels"),
+        (("generate", "{}/tiny", "{}/o.png", "--label", "11", "--json"), "the classes of this model are 0 to 9, and 10 for none"),
         (("sparsify", "{}/tiny", "{}/o", "--exclude", "nope.*"), "'nope.*' matches no layer"),
         (("train", "{}/tiny", "{}/o", "--data", "digits", "--track", "wandb"), "tracker 'wandb' is not installed"),
         (("evaluate", "{}/tiny", "{}/o", "--precision", "int8"), "precision is 'bf16' or 'fp32'"),

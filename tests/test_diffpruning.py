@@ -142,7 +142,7 @@ def test_the_ranking_agrees_with_removing_each_channel_in_turn():
         model.two.weight.uniform_(0.5, 1.5).mul_(torch.logspace(-8, -1, 8))  # channels of very different weight
         model.two.weight.copy_(model.two.weight[:, torch.randperm(8)])
     images = torch.rand(16, 4, 1, 1)
-    states = list(diffpruning.importance(model, images, threshold=0.5))
+    states = list(diffpruning.importance(model, images, torch.arange(16), threshold=0.5))  # it takes no labels
     steps = [state.timestep for state in states if state.used]
     index = torch.arange(8)
     group = structure.Group(8, (structure.Member("one", "out", index, index), structure.Member("two", "in", index, index)))

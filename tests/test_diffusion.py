@@ -217,6 +217,8 @@ def test_an_unknown_sampler_lists_the_known_ones():
     (Fake(), {"steps": 1001}, r"1\.\.1000, not 1001"),
     (Fake(num_classes=None), {"guidance": 1.0}, "no classes"),
     (Fake(num_classes=None), {"class_labels": torch.tensor([0])}, "no classes"),
+    (Fake(), {"class_labels": torch.tensor([4])}, "the classes of this model are 0 to 2, and 3 for none"),
+    (Fake(), {"class_labels": torch.tensor([-1])}, "the classes of this model are 0 to 2, and 3 for none"),
 ])  # fmt: skip
 def test_bad_sampling_arguments_are_errors(model, options, message):
     with pytest.raises(ValueError, match=message):

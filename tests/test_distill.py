@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.data import Dataset
 
 from sparsedm import data, diffusion, distill, layers, training
 from sparsedm.models.uvit import UViTModel
@@ -145,6 +146,46 @@ def tiny_with_state_kept() -> UViTModel:
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         run(tiny(), **options)
+
+
+class Pictures(Dataset):
+    """Grey pictures of some shape, all of one label, in so many classes."""
+
+    def __init__(self, *shape: int, classes: int = 1):
+        self.shape, self.classes = shape, tuple(map(str, range(classes)))
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int):
+        return torch.zeros(self.shape), 0
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        (Pictures(3, 8, 8), "UViTModel takes pictures of 1 channels, those of the data set have 3$"),
+        (Pictures(1, 8, 16), r"this U-ViT takes pictures of shape \[1, 8, 8\], not \[1, 8, 16\]"),
+        (Pictures(1, 8, 8, classes=12), "UViTModel has 10 classes and a label for none, the data set 12$"),
+        (Pictures(1, 8, 8, classes=11), "the data set 11; set p_uncond=0"),
+    ],
+)
+def test_pictures_that_do_not_fit_the_model_are_refused(pictures, message):
+    with pytest.raises(ValueError, match=message):
+        next(distill.train(tiny(), pictures, **STEPS))
+
+
+def test_a_table_without_a_label_for_none_is_trained_on_all_its_labels():
+    assert next(distill.train(tiny(), Pictures(1, 8, 8, classes=11), **{**STEPS, "p_uncond": 0.0})).step == 1
+
+
+def test_pictures_of_a_named_data_set_have_the_models_size(make_model, tmp_path):
+    for i in range(4):
+        Image.new("RGB", (40, 36), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    model, seen = make_model("unet", sample_size=24, in_channels=3, out_channels=3, num_class_embeds=None), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    list(distill.train(model, f"folder:{tmp_path}", steps=1, batch_size=4))
+    assert seen == [(4, 3, 24, 24)]
 
 
 def test_unknown_data_set_lists_the_known_ones():

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import ranks
 import torch
+from PIL import Image
 from ranks import command
 
 from sparsedm import data, evaluation, experiment, metrics, recipes, runlog, structure
@@ -158,6 +159,17 @@ def test_watched_run_has_a_curve_that_ends_with_its_score(tiny_recipes, monkeypa
     assert [point["step"] for point in result["curve"]] == [0, 2, 4, 6]
     assert result["curve"][-1]["fd_glyph"] == pytest.approx(result["scores"]["fd_glyph"])  # both on 2,048 pictures
     assert len({point["fd_glyph"] for point in result["curve"]}) == 4
+
+
+def test_real_pictures_have_the_size_of_those_that_are_scored(tmp_path, monkeypatch):
+    for i in range(3):
+        Image.new("RGB", (40, 36)).save(tmp_path / f"{i}.png")
+    seen = []
+    monkeypatch.setattr(metrics, "frechet", lambda images, real, weights: seen.append(real.shape) or {"fid": 0.0})
+    pictures = torch.zeros(2, 3, 24, 24, dtype=torch.uint8)
+    assert evaluation.score(pictures, None, f"folder:{tmp_path}", inception="weights") == {"n": 2, "fid": 0.0}
+    evaluation.score(pictures, None, "latents:nowhere", inception="weights", reference=f"folder:{tmp_path}")
+    assert seen == [(3, 3, 24, 24)] * 2
 
 
 def test_seeds_have_their_own_runs_and_noise(tiny_recipes, monkeypatch):

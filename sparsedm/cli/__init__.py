@@ -1,10 +1,14 @@
 """The command line: `python -m sparsedm COMMAND --help`."""
 
+import textwrap
+
 import torch
 import typer
 
 from . import artefacts, experiments, training
 from .common import Stopped
+
+LONGEST = 600  # letters of an error message
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for group in (training, artefacts, experiments):
@@ -19,8 +23,8 @@ def main() -> None:
     except Stopped as stopped:
         typer.echo(str(stopped), err=True)
         raise SystemExit(130) from stopped
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
+    except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
+        typer.echo(f"error: {textwrap.shorten(str(error), LONGEST, placeholder=' ...')}", err=True)
         raise SystemExit(1) from error
     finally:
         if torch.distributed.is_initialized():  # else its threads may abort the process at its end

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..models import zoo
-from .common import Data, Device, Json, Model, Seed, bars, free, on, outcome, show
+from .common import Data, Device, Json, Model, Seed, bars, free, on, outcome, settings, show
 
 Sampler = Annotated[str, typer.Option(help="ddim, ddpm or dpm++.")]
 SampleSteps = Annotated[int, typer.Option(help="Sampling steps.")]
@@ -139,13 +139,19 @@ def export(
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="nnet_ema.pth of U-ViT, a checkpoint of the DDIM code, or a pruned folder.")],
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="What the file does not tell: num_heads, context_tokens, sample_size or attention_scale=VALUE."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make a model folder of an official checkpoint. Example: python -m sparsedm convert nnet_ema.pth uvit"""
     from .. import convert as converting
 
     free(out)
-    model = converting.load(checkpoint)
+    model = converting.load(checkpoint, **settings(set_))
     zoo.save(model, out)
     parameters = sum(p.numel() for p in model.parameters())
     found = {"model": str(out), "class": type(model).__name__, "parameters": parameters}

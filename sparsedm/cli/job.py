@@ -52,6 +52,7 @@ class Job:
             ValueError: the folder holds a run and `resume` was not asked for, or the other way round.
             Stopped: by Ctrl-C; a checkpoint was left.
         """
+        dtype = zoo.dtype_of(self.dtype)
         on(self.device)
         states = train(trained, out=self.out / "train", **self.options)
         began, main, line = time.perf_counter(), processes.is_main(), {}
@@ -72,7 +73,7 @@ class Job:
                         states.close()
                         raise Stopped(f"stopped at step {state.step} of {state.steps}; go on with the same command and --resume")
         if main:
-            self._finish(log, trained, line, time.perf_counter() - began)
+            self._finish(log, trained, dtype, line, time.perf_counter() - began)
 
     def _check(self) -> None:
         there = (self.out / "train" / CHECKPOINT).exists()
@@ -90,11 +91,11 @@ class Job:
             log.draw(state)
         return line
 
-    def _finish(self, log: runlog.RunLog, model: nn.Module, line: dict, seconds: float) -> None:
+    def _finish(self, log: runlog.RunLog, model: nn.Module, dtype: torch.dtype, line: dict, seconds: float) -> None:
         if log.tracker:
             log.tracker.finish()
         path = self.out / "model"
-        zoo.save(layers.fold(model), path, getattr(torch, self.dtype))
+        zoo.save(layers.fold(model), path, dtype)
         found = {"model": str(path), "loss": line.get("loss"), "seconds": round(seconds, 1)}
         outcome(found, self.json, f"{path} written" + (f"; its loss was {line['loss']:.4f}" if line else ""))
 

@@ -5,7 +5,6 @@ import functools
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from ..models import zoo
@@ -61,8 +60,9 @@ def sparsify(
     from .. import layers, reporting
 
     free(out)
+    weights = zoo.dtype_of(dtype)
     sparse = layers.fold(layers.sparsify(zoo.load(model), pattern, exclude=exclude))
-    zoo.save(sparse, out, getattr(torch, dtype), packed=packed)
+    zoo.save(sparse, out, weights, packed=packed)
     summary = reporting.report(sparse).summary()
     outcome(
         {"model": str(out), "summary": summary},
@@ -89,21 +89,20 @@ def prune(
 ) -> None:
     """Remove channels (Diff-Pruning); go on with train. Example: python -m sparsedm prune glyphs-unet out --ratio 0.35"""
     from .. import data as data_module
-    from .. import denoisers, diffpruning, diffusion, macs
+    from .. import denoisers, diffpruning, macs
 
     free(out)
+    weights = zoo.dtype_of(dtype)
     whole = zoo.load(model).to(on(device))
     if score in ("squared", "absolute"):
-        dataset = data_module.load(data, size=denoisers.picture_size(whole))
-        images, labels = (x.to(whole.device) for x in data_module.stack(dataset, n))
-        labels = None if diffusion.null_label(whole) is None else labels
+        images, labels = data_module.stack(data_module.load(data, size=denoisers.picture_size(whole)), n)
         with bars(json) as bar:
             task = None
             for state in diffpruning.importance(whole, images, labels, threshold=threshold, seed=seed):
                 task = bar.add_task("importance", total=state.timesteps, note="") if task is None else task
                 bar.update(task, completed=state.timestep + 1, note=f"loss {state.loss:.2f}")
     small = diffpruning.prune(whole, ratio, score=score, round_to=round_to, seed=seed)
-    zoo.save(small, out, getattr(torch, dtype))
+    zoo.save(small, out, weights)
     share = macs.count(small).dense / macs.count(whole).dense
     parameters = [sum(p.numel() for p in each.parameters()) for each in (whole, small)]
     found = {"model": str(out), "macs_share": share, "parameters_before": parameters[0], "parameters": parameters[1]}

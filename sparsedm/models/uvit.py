@@ -156,6 +156,9 @@ class UViTModel(ModelMixin, ConfigMixin):
         `class_labels` [B] is required exactly when the model has a label table, `encoder_hidden_states`
         [B, context_tokens, context_dim] exactly when it takes text.
         """
+        shape = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        if tuple(sample.shape[1:]) != shape:
+            raise ValueError(f"this U-ViT takes pictures of shape {list(shape)}, not {list(sample.shape[1:])}")
         self._check(class_labels, "label_emb", "class_labels")
         self._check(encoder_hidden_states, "context_embed", "encoder_hidden_states")
         # 1. tokens: [label] time [text] patches

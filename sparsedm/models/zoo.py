@@ -22,6 +22,8 @@ ASSETS = Path(__file__).parent.parent / "assets"
 WEIGHTS, PACKED, CONFIG = "diffusion_pytorch_model.safetensors", "packed.safetensors", "config.json"
 INDEX, SHARDS = f"{WEIGHTS}.index.json", "diffusion_pytorch_model-*.safetensors"  # of weights that diffusers has split
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of saved weights
+
 
 @dataclass(frozen=True)
 class PaperModel:
@@ -193,6 +195,13 @@ def save(
             save_file(weights, temporary / WEIGHTS, metadata=metadata)
         if card:
             (temporary / "README.md").write_text(card)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """A dtype to save weights in, by its name. Raises ValueError for one that is not in `DTYPES`."""
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _check_replaceable(folder: Path) -> None:
