@@ -173,15 +173,6 @@ def example_inputs(model: nn.Module, batch: int = 1) -> Inputs:
     return of(model).inputs(model, lambda *shape: like.new_zeros(batch, *shape))
 
 
-def picture_size(model: nn.Module) -> int | None:
-    """Height and width of the pictures that `model` is made for; None if they are not square, or its config does not tell."""
-    try:
-        _, *sizes = of(model).shape(model)
-    except ValueError:
-        return None
-    return sizes[0] if len(sizes) == 2 and sizes[0] == sizes[1] else None
-
-
 def require(model: nn.Module, given: Collection[str], remedy: str) -> None:
     """Raise ValueError, with `remedy`, unless all that conditions `model` is among the arguments `given`."""
     try:
