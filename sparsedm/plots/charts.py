@@ -69,6 +69,8 @@ def lines(
     elif xscale != "linear":  # which would put numbers in the place of words
         axes.set_xscale(xscale)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
+    if yscale == "log":
+        plain_numbers(axes)
     axes.legend(frameon=False)
     open_frame(axes)
     return plot
