@@ -218,8 +218,9 @@ def _torchvision_set(name: str, root: Path, split: str, size: int | None, downlo
         inner = datasets.LSUN(str(root), classes=[f"{category}_{'train' if split == 'train' else 'val'}"])
         return _TorchVision(inner, size or 256)
     except (RuntimeError, OSError, ImportError) as error:
-        hint = "pass download=True" if name in ("cifar10", "celeba") else "LSUN must be fetched by hand"
-        raise FileNotFoundError(f"data set {name!r} was not found under {root}: {error}; {hint}") from error
+        once = f"""fetch it once: python -c "from sparsedm import data; data.load({name!r}, download=True)\""""
+        hint = once if name in ("cifar10", "celeba") else "LSUN must be fetched by hand"
+        raise FileNotFoundError(f"data set {name!r} was not found under {root} ({error}); {hint}") from error
 
 
 TORCHVISION_SETS = ("cifar10", "celeba", "lsun-church_outdoor", "lsun-bedroom")

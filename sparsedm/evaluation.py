@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import default_collate
 
-from . import data, diffusion, latents, metrics, processes
+from . import data, denoisers, diffusion, latents, metrics, processes
 from .files import replacing
 from .recipes import Protocol
 
@@ -113,6 +113,30 @@ def labels(model: nn.Module, n: int) -> torch.Tensor | None:
     return None if null is None else torch.arange(n) % null
 
 
+def check(n: int, dataset: str, inception: str | None = None) -> None:
+    """Raise ValueError if `score` would find n pictures too few: for before they are drawn."""
+    if dataset.startswith("glyphs") or inception:
+        metrics.require("a Fréchet distance", n, metrics.MIN_SAMPLES["fd"])
+
+
+def check_decoder(model: nn.Module, vae: AutoencoderKL | None) -> None:
+    """Raise ValueError if the model makes latents and there is no `vae`."""
+    channels = denoisers.of(model).shape(model)[0]
+    if channels not in (1, 3) and vae is None:
+        raise ValueError(f"{type(model).__name__} makes latents of {channels} channels; name their autoencoder's folder (vae)")
+
+
+def check_model(model: nn.Module, dataset: str, base: str, inception: str | None) -> None:
+    """Raise ValueError if there is nothing to score the model's pictures by."""
+    channels, name = denoisers.of(model).shape(model)[0], type(model).__name__
+    if dataset.startswith("glyphs"):
+        expected = data.load(dataset, n=1)[0][0].shape
+        if (channels, denoisers.picture_size(model)) != tuple(expected[:2]):
+            raise ValueError(f"{dataset} are pictures of shape {list(expected)}, and those of {name} are not; name its own data")
+    elif not (base or inception):
+        raise ValueError(f"{dataset} is scored with Inception's weights (FID) or against a base (SSIM); name one")
+
+
 def score(
     images: torch.Tensor,
     asked: torch.Tensor | None,
@@ -133,8 +157,8 @@ def score(
     glyphs = dataset.startswith("glyphs")
     scores = {"n": len(images)}
     if glyphs or inception:
-        split = {"split": "test", "n": len(images)} if glyphs else {}
-        real, _ = data.stack(data.load(reference or dataset, size=images.shape[-1], **split))
+        options = {"split": "test", "n": len(images)} if glyphs else {"size": images.shape[-1]}
+        real, _ = data.stack(data.load(reference or dataset, **options))
         scores |= metrics.frechet(images, data.to_uint8(real), inception)
     if glyphs and asked is not None:
         scores["readability"] = metrics.readability(images, asked)

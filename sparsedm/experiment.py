@@ -73,6 +73,7 @@ def reproduce(
         settings["seed"] = seed
     if chosen.data.startswith("latents:") and (not vae or (inception and not reference)):
         raise ValueError(f"{name} makes latents: name the folder of an autoencoder (vae), and for FID real pictures (reference)")
+    evaluation.check(protocol.n, chosen.data, inception)
     with processes.claimed(folder):
         if processes.is_main():
             _note_settings(folder, settings)

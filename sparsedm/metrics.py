@@ -25,7 +25,8 @@ class TooFewSamples(ValueError):
     """A score was asked for with fewer samples than it needs; the message says how many."""
 
 
-def _require(score: str, n: int, needed: int) -> None:
+def require(score: str, n: int, needed: int) -> None:
+    """Raise TooFewSamples if `score` needs more samples than `n`."""
     if n < needed:
         raise TooFewSamples(f"{score} needs at least {needed} samples, there are {n}")
 
@@ -96,7 +97,7 @@ def frechet(images: torch.Tensor, reference: torch.Tensor, weights: str | None =
         TooFewSamples: fewer than 2,048 pictures on either side.
     """
     n = min(len(images), len(reference))
-    _require("a Fréchet distance", n, MIN_SAMPLES["fd"])
+    require("a Fréchet distance", n, MIN_SAMPLES["fd"])
     chosen = {"feature_extractor": "inception-v3-compat", "feature_extractor_weights_path": weights}
     scores = torch_fidelity.calculate_metrics(
         input1=_Rgb(images), input2=_Rgb(reference), cuda=torch.cuda.is_available(), verbose=False, cache=False,
@@ -125,7 +126,7 @@ def read(images: torch.Tensor) -> torch.Tensor:
 
 def readability(images: torch.Tensor, labels: torch.Tensor) -> float:
     """Share of pictures [n, C, H, W] in which the classifier reads the asked class [n]. At least 36 pictures."""
-    _require("readability", len(images), MIN_SAMPLES["readability"])
+    require("readability", len(images), MIN_SAMPLES["readability"])
     return (read(images) == labels.cpu()).float().mean().item()
 
 

@@ -152,12 +152,11 @@ def _pruned(name: str, dtype: torch.dtype) -> dict[str, nn.Module]:
 
 
 def pair(name: str, dtype: torch.dtype, batch: int) -> tuple[nn.Module, nn.Module]:
-    """A bundled or a paper's model, dense and packed at 2:4."""
-    if name in zoo.bundled():
-        dense, sparse = _as(zoo.load(name), dtype), _as(zoo.load(f"{name}-2x4"), dtype)
-    else:
-        dense = _as(zoo.build(name), dtype)
-        sparse = layers.fold(layers.sparsify(copy.deepcopy(dense), "2:4"))
+    """A bundled or a paper's model or a model folder, dense and packed: as its N:M student, as it is, or masked 2:4."""
+    dense = _as(zoo.build(name) if name in zoo.PAPER_MODELS else zoo.load(name), dtype)
+    sparse = _as(zoo.load(f"{name}-2x4"), dtype) if f"{name}-2x4" in zoo.bundled() else copy.deepcopy(dense)
+    if not layers.patterns(sparse):
+        layers.fold(layers.sparsify(sparse, "2:4"))
     return dense, packed.pack(sparse, batch=batch)
 
 

@@ -9,6 +9,9 @@ import time
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from sparsedm import cli, layers, runlog
@@ -63,6 +66,22 @@ def test_a_model_is_trained_pruned_made_sparse_and_drawn(tiny, tmp_path):
     assert (tmp_path / "some.png").stat().st_size > 100 and drawn["ms_per_step"] > 0
     scores = ask("evaluate", student["model"], tmp_path / "s", "--data", "digits", "--n", 6, "--steps", 2, "--base", tiny)
     assert scores["n"] == 6 and -1 <= scores["ssim_to_base"] <= 1
+
+
+def test_latents_are_decoded_by_the_autoencoder_that_is_named(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    model = UViTModel(sample_size=8, in_channels=4, embed_dim=16, depth=2, num_heads=2, num_classes=11)
+    zoo.save(model, tmp_path / "latent")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4, **blocks).save_pretrained(tmp_path / "vae")
+    draw = ("generate", tmp_path / "latent", tmp_path / "some.png", "--n", 4, "--steps", 2)
+    score = ("evaluate", tmp_path / "latent", tmp_path / "scores", "--n", 3, "--steps", 2, "--data", "digits", "--base")
+    for command in (draw, (*score, tmp_path / "latent")):
+        assert "makes latents of 4 channels; name their autoencoder" in refusal(monkeypatch, capsys, *command)
+        ask(*command, "--vae", tmp_path / "vae")
+    assert Image.open(tmp_path / "some.png").size == ((2 * 17 + 1) * 8,) * 2  # two by two pictures of 16x16
+    (samples,) = (tmp_path / "scores").glob("*.safetensors")
+    assert load_file(samples)["images"].shape == (3, 3, 16, 16)
 
 
 class Tracker(GeneralTracker):
@@ -174,6 +193,13 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, monkeypatch,
         (("sparsify", "{}/tiny", "{}/o", "--exclude", "nope.*"), "'nope.*' matches no layer"),
         (("train", "{}/tiny", "{}/o", "--data", "digits", "--track", "wandb"), "tracker 'wandb' is not installed"),
         (("evaluate", "{}/tiny", "{}/o", "--precision", "int8"), "precision is 'bf16' or 'fp32'"),
+        (("evaluate", "glyphs-uvit", "{}/o", "--n", "99"), "a Fréchet distance needs at least 2048 samples, there are 99"),
+        (("evaluate", "{}/tiny", "{}/o", "--data", "glyphs"), "glyphs are pictures of shape [1, 16, 16], and those of UViTModel"),
+        (
+            ("evaluate", "{}/tiny", "{}/o", "--data", "digits"),
+            "digits is scored with Inception's weights (FID) or against a base",
+        ),
+        (("generate", "{}/tiny", "{}/o.png", "--vae", "{}/nothing"), "nothing is no folder of an autoencoder"),
         (("train", "{}/tiny", "{}/o", *QUICK, "--set", "lr=1e38", "--json"), "the loss is nan at step 2; start anew"),
     ],
 )

@@ -81,7 +81,7 @@ def carry_out(out):
     options = {"pattern": "2:4", "distil": True, "prune": prune, "train": TRAIN, "watch": (0, 2)}
     protocol = recipes.Protocol(n=30, steps=2, batch_size=8)
     recipes.RECIPES["pruned"] = recipes.Recipe("headline", "Tiny", "pruned", "teacher", **options, protocol=protocol)
-    experiment.IMPORTANCE_PICTURES, experiment.WATCH_PICTURES = 4, 20
+    experiment.IMPORTANCE_PICTURES, experiment.WATCH_PICTURES, metrics.MIN_SAMPLES["fd"] = 4, 20, 20
     experiment.data.load = lambda name, **options: data.Glyphs(**{"n": 72, **options})
     evaluation.score = lambda images, *rest: {"n": len(images), "mean": images.float().mean().item()}
     command("reproduce", "pruned", "--out", out, "--json")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..models import zoo
-from .common import Data, Device, Json, Model, Seed, bars, free, on, outcome, settings, show
+from .common import Data, Device, Json, Model, Seed, Vae, autoencoder, bars, free, on, outcome, settings, show
 
 Sampler = Annotated[str, typer.Option(help="ddim, ddpm or dpm++.")]
 SampleSteps = Annotated[int, typer.Option(help="Sampling steps.")]
@@ -41,6 +41,7 @@ def generate(
     guidance: Guidance = 0.0,
     batch_size: Batch = 16,
     pack: Annotated[bool, typer.Option(help="Run N:M layers on their kernels.")] = True,
+    vae: Vae = "",
     device: Device = "",
     seed: Seed = 0,
     json: Json = False,
@@ -50,9 +51,11 @@ def generate(
 
     import torch
 
-    from .. import data, diffusion, layers, packed, plots, processes, runlog
+    from .. import data, diffusion, evaluation, latents, layers, packed, plots, processes, runlog
 
     loaded = zoo.load(model).to(on(device))
+    decoder = autoencoder(vae, loaded.device)
+    evaluation.check_decoder(loaded, decoder)
     if pack and layers.patterns(loaded):
         packed.pack(loaded)
     null = diffusion.null_label(loaded)
@@ -71,7 +74,7 @@ def generate(
             for state in diffusion.sample(loaded, diffusion.start_noise(loaded, count, seed, first), **options):
                 seconds.append(state.seconds)
                 bar.update(task, advance=1, note=f"{state.seconds * 1e3:.0f} ms")
-            made[first] = state.sample.cpu()
+            made[first] = (latents.decode(decoder, state.sample) if decoder else state.sample).cpu()
     made = processes.collect(made)
     if not processes.is_main():
         return
@@ -94,6 +97,8 @@ def evaluate(
     precision: Annotated[str, typer.Option(help="bf16 (autocast) or fp32.")] = "fp32",
     base: Annotated[str, typer.Option(help="A model to compare with, picture by picture, from the same noise (SSIM).")] = "",
     inception: Annotated[str | None, typer.Option(help="Inception's weights, for FID on sets other than the glyphs.")] = None,
+    reference: Annotated[str, typer.Option(help="Data set for FID instead of DATA, such as folder:PATH.")] = "",
+    vae: Vae = "",
     device: Device = "",
     seed: Seed = 1234,
     json: Json = False,
@@ -106,13 +111,18 @@ def evaluate(
 
     protocol, others = Protocol(n, sampler, steps, guidance, seed, batch_size, precision), None
     loaded = zoo.load(model).to(on(device))
+    decoder = autoencoder(vae, loaded.device)
+    evaluation.check(n, data, inception)
+    evaluation.check_model(loaded, data, base, inception)
+    evaluation.check_decoder(loaded, decoder)
     with processes.claimed(out):
-        images = show("model", evaluation.sample(loaded, out, protocol), json)
+        images = show("model", evaluation.sample(loaded, out, protocol, dataset=data, vae=decoder), json)
         if base:
-            others = show("base", evaluation.sample(zoo.load(base).to(on(device)), out / "base", protocol), json)
+            other = zoo.load(base).to(loaded.device)
+            others = show("base", evaluation.sample(other, out / "base", protocol, dataset=data, vae=decoder), json)
     if not processes.is_main():
         return
-    scores = evaluation.score(images, evaluation.labels(loaded, n), data, others, inception)
+    scores = evaluation.score(images, evaluation.labels(loaded, n), data, others, inception, reference)
     (out / "scores.json").write_text(json_module.dumps(scores, indent=2) + "\n")
     outcome(scores, json, "\n".join(f"{name:14} {value:.4g}" for name, value in scores.items()))
 

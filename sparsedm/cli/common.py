@@ -25,6 +25,7 @@ Set = Annotated[
 Half = Annotated[str, typer.Option(help="Of the saved weights: float32, float16 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; the fastest there is by default.")]
 Seed = Annotated[int, typer.Option(help="Of every random draw.")]
+Vae = Annotated[str, typer.Option(help="For models that make latents: the folder of the autoencoder (AutoencoderKL).")]
 Json = Annotated[bool, typer.Option("--json", help="Print the outcome as one line of JSON, and nothing else.")]
 
 
@@ -111,6 +112,15 @@ def on(device: str) -> torch.device:
     if found.type == "cuda" and found.index is not None:
         torch.cuda.set_device(found)
     return found
+
+
+def autoencoder(folder: str, device: torch.device) -> nn.Module | None:
+    """The AutoencoderKL in a folder, None for "". Raises ValueError if there is no such folder."""
+    from diffusers import AutoencoderKL
+
+    if folder and not Path(folder).is_dir():
+        raise ValueError(f"{folder} is no folder of an autoencoder")
+    return AutoencoderKL.from_pretrained(folder).to(device).eval() if folder else None
 
 
 def load_or_build(name: str, seed: int = 0) -> nn.Module:

@@ -85,7 +85,7 @@ def bench(
         ),
     ] = "step",
     models: Annotated[
-        str, typer.Option(help="For step and shares: bundled models or the papers' configurations.")
+        str, typer.Option(help="For step and shares: bundled models, model folders or the papers' configurations.")
     ] = "glyphs-uvit,glyphs-unet",
     batches: Annotated[str, typer.Option(help="For step: pictures at a time.")] = "1,4,16",
     dtypes: Annotated[str, typer.Option(help="For all but train-step and masks: float32, bfloat16.")] = "float32",

@@ -100,7 +100,8 @@ def prune(
             task = None
             for state in diffpruning.importance(whole, images, labels, threshold=threshold, seed=seed):
                 task = bar.add_task("importance", total=state.timesteps, note="") if task is None else task
-                bar.update(task, completed=state.timestep + 1, note=f"loss {state.loss:.2f}")
+                seen = state.timestep + 1
+                bar.update(task, completed=seen, total=None if state.used else seen, note=f"loss {state.loss:.2f}")
     small = diffpruning.prune(whole, ratio, score=score, round_to=round_to, seed=seed)
     zoo.save(small, out, weights)
     share = macs.count(small).dense / macs.count(whole).dense
