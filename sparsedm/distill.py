@@ -99,8 +99,7 @@ def _run(
     _check_data(model, dataset, config)
     for _, pattern in config.pattern_schedule:
         layers.set_pattern(model, pattern)  # all of them fit, or none is trained
-    processes.state()  # before accelerate looks for the processes in its own way
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = processes.accelerator(config.mixed_precision)
     if config.batch_size % (accelerator.num_processes * config.accumulate):
         shares = f"{accelerator.num_processes} processes" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
         raise ValueError(f"batch_size {config.batch_size} cannot be shared by {shares}")

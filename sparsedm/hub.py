@@ -1,5 +1,7 @@
 """Model folders on the Hugging Face hub: pushed with a card that says what they are, pulled as folders for `sparsedm.load`."""
 
+import copy
+import platform
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -10,7 +12,10 @@ from diffusers import ModelMixin
 from huggingface_hub import HfApi, snapshot_download
 
 from . import layers, macs
+from .denoisers import example_inputs
+from .latency import interleaved
 from .models import zoo
+from .packed import pack
 
 _FILES = [zoo.CONFIG, zoo.WEIGHTS, zoo.INDEX, zoo.SHARDS, zoo.PACKED, "README.md"]
 
@@ -22,6 +27,8 @@ def push(
     packed: bool = False,
     dtype: torch.dtype | None = torch.float16,
     scores: Mapping[str, object] | None = None,
+    recipe: Mapping[str, object] | None = None,
+    latency: bool = False,
     note: str = "",
     private: bool = False,
     token: str | None = None,
@@ -29,7 +36,8 @@ def push(
     """Save the model, folded or `packed`, with a card, and upload the folder to the repository "user/name"; returns its URL.
 
     Args:
-        scores, note: for the card: measured values by name, and how it was made.
+        scores, recipe, note: for the card: measured values by name, settings by name, and what else there is to say.
+        latency: measure one sampling step on this machine for the card.
         token: by default that of `hf auth login`.
 
     Raises:
@@ -38,7 +46,9 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "model")
         zoo.save(model, folder, dtype, packed=packed)
-        (folder / "README.md").write_text(card(zoo.load(folder), repo, scores, note, zoo.bytes_of(folder)))
+        saved = zoo.load(folder)
+        time = step_time(saved) if latency else ""
+        (folder / "README.md").write_text(card(saved, repo, scores, note, zoo.bytes_of(folder), recipe, time))
         api = HfApi(token=token)
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with sparsedm")
@@ -50,8 +60,28 @@ def pull(repo: str, *, revision: str | None = None, token: str | None = None) ->
     return Path(snapshot_download(repo, revision=revision, allow_patterns=_FILES, token=token))
 
 
+def step_time(model: ModelMixin, batch: int = 4, rounds: int = 15) -> str:
+    """In words: milliseconds of one call for so many pictures, dense and packed, measured on this machine."""
+    inputs, variants = example_inputs(model, batch), {"dense": model}
+    if layers.patterns(model):
+        variants["packed"] = pack(copy.deepcopy(model), batch=batch)
+    calls = {name: lambda each=each: each(**inputs) for name, each in variants.items()}
+    with torch.no_grad():
+        times = interleaved(calls, rounds=rounds)
+    found = ", ".join(f"{time.median * 1e3:.2f} ms {name}" for name, time in times.items())
+    return (
+        f"One step of {batch} pictures: {found} ({model.device.type}, {platform.machine()}, {torch.get_num_threads()} threads)."
+    )
+
+
 def card(
-    model: ModelMixin, repo: str, scores: Mapping[str, object] | None = None, note: str = "", size: int | None = None
+    model: ModelMixin,
+    repo: str,
+    scores: Mapping[str, object] | None = None,
+    note: str = "",
+    size: int | None = None,
+    recipe: Mapping[str, object] | None = None,
+    time: str = "",
 ) -> str:
     """A model card (Markdown with the hub's header)."""
     counts, found = macs.count(model), Counter(map(str, layers.patterns(model).values()))
@@ -65,7 +95,9 @@ def card(
         *([note, ""] if note else []),
         f"- {type(model).__name__}: {patterns}{pruned}; the zeros were verified.",
         f"- {parameters:,} parameters, {nonzero:,} of them not zero" + (f"; {size:,} bytes." if size else "."),
-        f"- MACs per picture and step: {counts.dense:,} dense, {counts.sparse:,} with zeros skipped.", "",
+        f"- MACs per picture and step: {counts.dense:,} dense, {counts.sparse:,} with zeros skipped.",
+        *([f"- {time}"] if time else []),
+        *([f"- Made with {', '.join(f'{name} {value}' for name, value in recipe.items())}."] if recipe else []), "",
         *(table if scores else []),
         "```python", "import sparsedm", "from sparsedm import hub", "", f'model = sparsedm.load(hub.pull("{repo}"))',
         "fast = sparsedm.pack(model)", "```", "",

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
 
 from . import files
@@ -25,6 +26,14 @@ def state() -> PartialState:
     """
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=_PATIENCE)
+
+
+def accelerator(mixed_precision: str) -> Accelerator:
+    """An Accelerator on these processes, with a precision of its own: accelerate by itself keeps that of the first one."""
+    state()
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=mixed_precision)
 
 
 def is_main() -> bool:

@@ -8,11 +8,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from diffusers import UNet3DConditionModel
 from typer.testing import CliRunner
 
-from sparsedm import bench, cli, kernels, shares, speed
+import sparsedm
+from sparsedm import bench, claims, cli, kernels, shares, speed
 from sparsedm.cli import common
 from sparsedm.evaluation import Progress
+from sparsedm.models.uvit import UViTModel
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -43,6 +47,29 @@ def test_reproduce_lists_recipes():
     assert "glyphs-unet-2x4" in run("reproduce", "list").stdout.split()
     known = json.loads(CliRunner().invoke(cli.app, ["reproduce", "list", "--json"]).stdout)
     assert known["glyphs-unet-2x4"] == "headline: UNet 2:4, SparseDM"
+
+
+def test_stored_results_are_told_to_programs():
+    found = json.loads(CliRunner().invoke(cli.app, ["compare", "--json"]).stdout)
+    assert {"headline", "claims", "glyphs-uvit", "glyphs-unet"} == set(found)
+    assert {"glyphs-uvit", "glyphs-unet-2x4"} <= {run["name"] for run in found["headline"]}
+    assert all(run["scores"]["n"] == 5000 for run in found["glyphs-uvit"])
+    assert {verdict["verdict"] for verdict in found["claims"]["glyphs-unet"]} <= {claims.HOLDS, claims.FAILS, claims.OPEN}
+
+
+def test_an_official_checkpoint_is_described_as_it_is(tmp_path):
+    model = UViTModel(sample_size=8, in_channels=3, embed_dim=64, depth=2, num_heads=1)
+    torch.save(model.state_dict(), tmp_path / "nnet_ema.pth")
+    found = json.loads(CliRunner().invoke(cli.app, ["info", str(tmp_path / "nnet_ema.pth"), "--json"]).stdout)
+    assert (found["class"], found["file"], found["patterns"]) == ("UViTModel", "nnet_ema.pth", {})
+    assert found["bytes"] == (tmp_path / "nnet_ema.pth").stat().st_size
+
+
+def test_a_model_whose_inputs_are_not_told_is_described_without_macs(tmp_path):
+    blocks = {"down_block_types": ("DownBlock3D",), "up_block_types": ("UpBlock3D",), "block_out_channels": (32,)}
+    sparsedm.save(UNet3DConditionModel(layers_per_block=1, attention_head_dim=8, **blocks), tmp_path / "video")
+    found = json.loads(CliRunner().invoke(cli.app, ["info", str(tmp_path / "video"), "--json"]).stdout)
+    assert found["class"] == "UNet3DConditionModel" and found["macs"] == {"dense": None, "sparse": None}
 
 
 def test_ctrl_c_stops_after_a_whole_step():

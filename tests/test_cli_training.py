@@ -129,6 +129,8 @@ def test_an_official_checkpoint_becomes_a_model_folder(tmp_path, monkeypatch, ca
     assert "not with heads" in refusal(monkeypatch, capsys, *convert, "--set", "heads=4")
     found = ask(*convert, "--set", "num_heads=4")
     assert zoo.load(found["model"]).config.num_heads == 4
+    told = ask("info", tmp_path / "uvit" / zoo.WEIGHTS)
+    assert told == ask("info", tmp_path / "uvit") and told["class"] == "UViTModel"
     state = zoo.load(found["model"]).state_dict()
     assert found["class"] == "UViTModel" and all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 

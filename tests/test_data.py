@@ -178,6 +178,22 @@ def test_cifar10_is_read_from_disk(tmp_path, monkeypatch):
     assert torch.equal(data.to_uint8(test[0][0]), torch.from_numpy(pixels["test_batch"][0].reshape(3, 32, 32)))
 
 
+@pytest.mark.parametrize("name, inner, size, box", [
+    ("celeba", "CelebA", 64, (25, 57, 153, 185)),  # 128x128 centred at x 89, y 121 of the aligned 178x218
+    ("lsun-church_outdoor", "LSUN", 256, (0, 18, 178, 200)),  # the whole width, from the middle of the height
+])  # fmt: skip
+def test_torchvisions_sets_are_cropped_as_the_papers_do(name, inner, size, box, tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    picture = Image.new("RGB", (178, 218))
+    picture.paste((255, 255, 255), box)
+    asked = {}
+    monkeypatch.setattr(datasets, inner, lambda root, **options: asked.update(options, root=root) or [(picture, 3)])
+    image, label = data.load(name, root=tmp_path, split="test")[0]
+    assert image.shape == (3, size, size) and (image == 1).all() and label == 3 and asked.pop("root") == str(tmp_path)
+    assert asked == ({"classes": ["church_outdoor_val"]} if inner == "LSUN" else {"split": "test", "download": False})
+
+
 @pytest.mark.parametrize("name, remedy", [("cifar10", "download=True"), ("celeba", "download=True"), ("lsun-bedroom", "by hand")])
 def test_sets_that_are_not_on_disk_say_so(name, remedy, tmp_path):
     with pytest.raises(FileNotFoundError, match=remedy) as error:

@@ -256,6 +256,14 @@ def test_options_that_save_memory_or_time_change_no_gradients(option, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
+def test_mixed_precision_computes_in_bfloat16_on_float32_weights():
+    (plain,), model, seen = run(tiny(), steps=1), tiny(), []
+    model.mid_block.mlp.fc1.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    (state,) = run(model, steps=1, mixed_precision="bf16")  # in the same process
+    assert seen == [torch.bfloat16] and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert state.loss == pytest.approx(plain.loss, rel=1e-2) and state.loss != plain.loss
+
+
 def test_a_run_may_go_on_in_other_parts(tmp_path):
     whole = layers.sparsify(tiny(), "2:4")
     list(distill.train(whole, "digits", out=tmp_path / "whole", **STEPS))

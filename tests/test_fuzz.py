@@ -1,4 +1,4 @@
-"""Damaged model folders: 2,100 of them, each refused with a clear error or read as what was saved."""
+"""Damaged model folders: 2,800 of them, each refused with a clear error or read as what was saved."""
 
 import json
 import random
@@ -63,6 +63,24 @@ def test_damaged_weights_are_refused_or_read_whole(folder, packed):
             continue
         for key, value in model.state_dict().items():
             assert torch.equal(value, back.state_dict()[key]), f"{key} was read changed"
+    assert refused > 0.9 * COUNT
+
+
+def test_damaged_indexes_are_refused_or_read_whole(tmp_path):
+    torch.manual_seed(0)
+    model = UViTModel(**CONFIG)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    file = tmp_path / zoo.INDEX
+    whole, draw, refused = file.read_bytes(), random.Random(3), 0
+    for _ in range(COUNT):
+        file.write_bytes(damaged(whole, draw))
+        try:
+            back = zoo.load(tmp_path)
+        except REFUSED as error:
+            refused += 1
+            assert str(error)
+            continue
+        assert all(torch.equal(value, back.state_dict()[key]) for key, value in model.state_dict().items())
     assert refused > 0.9 * COUNT
 
 

@@ -14,20 +14,31 @@ Batch = Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; 0 is none.")]
 
 
-def info(model: Model, json: Json = False) -> None:
+def info(
+    model: Annotated[
+        str, typer.Argument(help="A bundled model's name, a model folder, or a file of one or of an official code.")
+    ],
+    json: Json = False,
+) -> None:
     """What a model is: layers, verified patterns, MACs, bytes. Example: python -m sparsedm info glyphs-uvit-2x4"""
-    from .. import layers, macs, reporting
+    from .. import convert, layers, reporting
 
-    loaded, weights = zoo.load(model), zoo.weights_of(model)
-    counts, parameters = macs.count(loaded), sum(p.numel() for p in loaded.parameters())
+    path = Path(model)
+    if path.is_file() and (path.parent / zoo.CONFIG).exists():  # a file of a model folder
+        model = path.parent
+    if Path(model).is_file():
+        loaded, size = convert.load(model), path.stat().st_size
+    else:
+        loaded, path, size = zoo.load(model), zoo.weights_of(model), zoo.bytes_of(model)
+    report, parameters = reporting.report(loaded), sum(p.numel() for p in loaded.parameters())
     found = {
-        "class": type(loaded).__name__, "parameters": parameters, "file": weights.name, "bytes": zoo.bytes_of(model),
-        "pruned": bool(getattr(loaded.config, "pruning", None)), "macs": {"dense": counts.dense, "sparse": counts.sparse},
+        "class": type(loaded).__name__, "parameters": parameters, "file": path.name, "bytes": size,
+        "pruned": bool(getattr(loaded.config, "pruning", None)), "macs": {"dense": report.dense_macs, "sparse": report.sparse_macs},
         "patterns": {name: str(pattern) for name, pattern in layers.patterns(loaded).items()},
     }  # fmt: skip
     pruned = ", pruned" if found["pruned"] else ""
-    line = f"{found['class']}{pruned}, {parameters:,} parameters, {weights.name}: {found['bytes']:,} bytes"
-    outcome(found, json, f"{line}\n\n{reporting.report(loaded)}")
+    line = f"{found['class']}{pruned}, {parameters:,} parameters, {path.name}: {size:,} bytes"
+    outcome(found, json, f"{line}\n\n{report}")
 
 
 def generate(

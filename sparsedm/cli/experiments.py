@@ -59,6 +59,7 @@ def compare(
     runs: Annotated[
         Path, typer.Option(help="Folder that reproduce wrote, for the figure of pictures from the same noise.")
     ] = Path("runs"),
+    json: Json = False,
 ) -> None:
     """Print the stored results as tables and draw them. Example: python -m sparsedm compare --figures figures"""
     from sparsedm import claims, results
@@ -67,13 +68,37 @@ def compare(
     tables |= {base: functools.partial(results.short_table, base) for base in results.bases()}
     if what not in ("all", *tables):
         raise ValueError(f"unknown table {what!r}; known: all, {', '.join(tables)}")
-    print("\n\n".join(make() for name, make in tables.items() if what in ("all", name)))
+    chosen = [name for name in tables if what in ("all", name)]
+    if json:
+        outcome({name: _verdicts() if name == "claims" else _runs(name) for name in chosen}, json, "")
+    else:
+        print("\n\n".join(tables[name]() for name in chosen))
     if figures:
         from sparsedm.figures import draw
 
         for base in results.bases():
             for path in draw(base, figures, runs if runs.is_dir() else None):
-                print(path)
+                if not json:
+                    print(path)
+
+
+def _runs(table: str) -> list[dict]:
+    """The stored runs of "headline", or of a teacher's short ones."""
+    from sparsedm import results
+
+    rows = results.load("headline") if table == "headline" else results.load("short", table)
+    return [run for row in rows for run in row.runs]
+
+
+def _verdicts() -> dict[str, list[dict]]:
+    """The verdicts on all claims, by teacher."""
+    from sparsedm import claims, results
+
+    found = {base: zip(claims.CLAIMS, claims.verdicts(base)) for base in results.bases()}
+    return {
+        base: [{"paper": paper, "claim": claim, "verdict": v.word, "figures": v.figures} for (paper, claim, _), v in pairs]
+        for base, pairs in found.items()
+    }
 
 
 def bench(
