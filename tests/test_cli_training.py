@@ -55,6 +55,7 @@ def test_a_model_is_trained_pruned_made_sparse_and_drawn(tiny, tmp_path):
     assert trained["loss"] > 0 and zoo.load(trained["model"]).config.num_classes == 11
     student = ask("finetune", trained["model"], tmp_path / "student", *QUICK, "--set", "teacher_weight=0.5")
     assert set(map(str, layers.patterns(zoo.load(student["model"])).values())) == {"2:4"}
+    assert ask("info", tmp_path / "student") == ask("info", student["model"])
     smaller = ask("prune", trained["model"], tmp_path / "pruned", "--ratio", 0.5, "--data", "digits", "--n", 4)
     assert 0.4 < smaller["macs_share"] < 0.7
     both = ask("finetune", trained["model"], tmp_path / "both", "--student", smaller["model"], *QUICK)

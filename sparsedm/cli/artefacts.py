@@ -31,9 +31,10 @@ def info(
     else:
         loaded, path, size = zoo.load(model), zoo.weights_of(model), zoo.bytes_of(model)
     report, parameters = reporting.report(loaded), sum(p.numel() for p in loaded.parameters())
+    counts = {"dense": report.dense_macs, "sparse": report.sparse_macs}
     found = {
         "class": type(loaded).__name__, "parameters": parameters, "file": path.name, "bytes": size,
-        "pruned": bool(getattr(loaded.config, "pruning", None)), "macs": {"dense": report.dense_macs, "sparse": report.sparse_macs},
+        "pruned": bool(getattr(loaded.config, "pruning", None)), "macs": counts,
         "patterns": {name: str(pattern) for name, pattern in layers.patterns(loaded).items()},
     }  # fmt: skip
     pruned = ", pruned" if found["pruned"] else ""

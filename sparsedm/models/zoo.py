@@ -116,8 +116,9 @@ def build(name: str) -> ModelMixin:
 def load(name_or_folder: str | Path) -> ModelMixin:
     """A bundled model by name, or a model folder (config.json and safetensors), in float32 and eval mode.
 
-    Its config carries the noise schedule and prediction type as `noise_schedule`, which sampling and training then use; for
-    the folder of a diffusers pipeline they are those of its scheduler.
+    The folder of a diffusers pipeline stands for its denoiser, that of a training run for the model it has made. The config
+    carries the noise schedule and prediction type as `noise_schedule`, which sampling and training then use; for a pipeline
+    they are those of its scheduler.
 
     Raises:
         ValueError: unknown name, or a config or weights file that is truncated, renamed or of another shape (named).
@@ -142,7 +143,7 @@ def _folder_of(name_or_folder: str | Path) -> Path:
         folder = Path(name_or_folder)
     if not folder.is_dir():
         raise ValueError(f"unknown model {str(name_or_folder)!r}; bundled: {', '.join(bundled())}; or give a folder")
-    parts = (folder / part for part in ("unet", "transformer"))  # of a pipeline
+    parts = (folder / part for part in ("unet", "transformer", "model"))  # of a pipeline, or of a run
     return next((part for part in parts if (part / CONFIG).exists()), folder)
 
 
