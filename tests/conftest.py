@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import pytest
 import torch
@@ -65,3 +66,16 @@ def call():
 def glyphs():
     """4,096 real test glyphs [n, 1, 16, 16] in [-1, 1] and their labels."""
     return data.stack(data.load("glyphs", split="test", n=4096))
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    """Where the demo is served."""
+    from sparsedm.demo import page
+
+    os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
+    demo = page.build()
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **page.LOOK)
+    yield url
+    demo.close()
+    del os.environ["GRADIO_TEMP_DIR"]

@@ -1,6 +1,5 @@
 """The demo as a script meets it: its command line and its endpoints."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,29 +7,16 @@ import threading
 import time
 import urllib.request
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-
 import gradio_client
 import pytest
 from PIL import Image
 
 import app
-from sparsedm.demo import page
 
 ORDER = {
     "text": "A7", "left": "glyphs-unet", "right": "glyphs-unet-2x4", "seed": 0, "steps": 3, "sampler": "ddim", "guidance": 0,
     "kind": "word",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
-    demo = page.build()
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **page.LOOK)
-    yield url
-    demo.close()
-    del os.environ["GRADIO_TEMP_DIR"]
 
 
 @pytest.fixture(scope="module")

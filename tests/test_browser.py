@@ -7,11 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-
 import pytest
-
-from sparsedm.demo import page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -20,16 +16,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 WAIT = 90_000  # ms; generous, for other work may share the machine
 DONE = "document.querySelector('#verdict')?.innerText.includes('SSIM between')"
 TABS = ("Compare", "Masks", "Trade-off", "Speed here", "Fine-tune")
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
-    demo = page.build()
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **page.LOOK)
-    yield url
-    demo.close()
-    del os.environ["GRADIO_TEMP_DIR"]
 
 
 @pytest.fixture(scope="module")

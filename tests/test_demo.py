@@ -1,11 +1,8 @@
 """The demo's rooms: what they refuse, what they compute, what they say."""
 
 import itertools
-import os
 import re
 import zipfile
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 import pytest
