@@ -11,7 +11,7 @@ from PIL import Image
 
 import sparsedm
 from sparsedm import data, layers, macs, nm, plots, results, speed
-from sparsedm.demo import compare, explore, models, race, scatter, speedtest, tradeoff, tune
+from sparsedm.demo import compare, explore, models, race, scatter, speedtest, tradeoff, tune, words
 from sparsedm.nm import NMPattern
 
 ORDER = {
@@ -183,7 +183,7 @@ def test_figures_count_both_halves_of_a_guided_step():
     ("number", "text"), [(12_084_633_600, "12.1 G"), (80_564_224, "80.6 M"), (937_984, "938 k"), (7, "7.00")]
 )
 def test_si(number, text):
-    assert compare.si(number) == text
+    assert words.si(number) == text
 
 
 @pytest.mark.parametrize("n", range(1, race.MAX_PICTURES + 1))

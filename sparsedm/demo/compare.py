@@ -13,6 +13,7 @@ from .. import data, diffusion, latency, metrics, plots
 from . import race
 from .models import Catalogue, Variant
 from .race import Lane, Order
+from .words import about, said, si
 
 EXAMPLES = (
     ("SPARSE", "glyphs-uvit", "glyphs-uvit-2x4"),
@@ -21,13 +22,6 @@ EXAMPLES = (
     ("DIFFUSION", "glyphs-uvit-2x4", "glyphs-unet-2x4"),
 )
 KINDS = (("a word", "word"), ("classes by number", "classes"), ("anything", "anything"))
-
-
-def si(number: float) -> str:
-    """A count with three digits and its SI prefix: 12.1 G, 80.6 M, 938 k."""
-    size, unit = next((pair for pair in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if number >= pair[0]), (1, ""))
-    number /= size
-    return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f}{unit}"
 
 
 def _counts(needed: float, executed: float) -> str:
@@ -124,12 +118,6 @@ def _title(variant: Variant) -> str:
     return f"<h2>{html.escape(variant.title)}</h2>"
 
 
-def said(error: Exception) -> gr.Error:
-    """What a person is told about an order that was refused."""
-    message = html.escape(f"{error}.", quote=False)
-    return gr.Error(message[0].upper() + message[1:], print_exception=False)
-
-
 def compare(catalogue: Catalogue, text, left, right, seed, steps, sampler, guidance, kind="word") -> Iterator[tuple]:
     """Draw the same with two models from the same noise, step by step in turn; the last of the streamed results is complete.
 
@@ -194,8 +182,7 @@ def build(catalogue: Catalogue, demo: gr.Blocks, left: str, right: str, job: dic
         **job,
     }
     triggers = [demo.load, run.click, text.submit, *(side.input for side in sides)]
-    about = " ".join(compare.__doc__.split())
-    gr.on(triggers, **event, api_name="compare", api_description=about, trigger_mode="always_last")
+    gr.on(triggers, **event, api_name="compare", api_description=about(compare), trigger_mode="always_last")
     rolled = again.click(lambda: random.randrange(10_000), None, seed, api_visibility="private", queue=False)
     rolled.then(**event, api_visibility="private")
     gr.Markdown("Try:", elem_id="try")
@@ -241,6 +228,5 @@ def offer_generate(catalogue: Catalogue, job: dict) -> None:
         sampler, guidance = gr.Textbox("ddim", label="sampler"), gr.Number(0, label="guidance")
         kind, run = gr.Textbox("word", label="kind"), gr.Button()
         outputs = [gr.Image(label="picture", format="png"), gr.JSON(label="facts")]
-    about = " ".join(generate.__doc__.split())
     run.click(functools.partial(generate, catalogue), [text, model, seed, steps, sampler, guidance, kind], outputs,
-              api_name="generate", api_description=about, **job)  # fmt: skip
+              api_name="generate", api_description=about(generate), **job)  # fmt: skip

@@ -7,8 +7,8 @@ import torch
 
 from .. import layers, nm, plots, reporting
 from . import checks, models
-from .compare import said
 from .models import Catalogue
+from .words import about, said
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 HEAD = ("layer", "shape", "N:M", "share of MACs", "why dense")
@@ -78,11 +78,10 @@ def build(catalogue: Catalogue, key: str, tab: gr.Tab) -> None:
     rows = gr.Dataframe(headers=list(HEAD), label="Every layer under this pattern", max_height=420, interactive=False)
     draw = {"fn": functools.partial(explore, catalogue), "inputs": [model, layer, n, m], "outputs": [groups, counts, text, rows]}
     shared = {"trigger_mode": "always_last", "concurrency_limit": 2, "show_progress": "hidden", "preprocess": False}
-    about = " ".join(explore.__doc__.split())
     model.input(lambda key: gr.Dropdown(_layer_names(catalogue, key), value=_first(catalogue, key)), model, layer,
                 api_visibility="private")  # fmt: skip
     m.input(lambda m, n: gr.Slider(maximum=m, value=min(n, m)), [m, n], n, api_visibility="private")
-    gr.on([tab.select, layer.change, n.change, m.input], **draw, **shared, api_name="explore", api_description=about)
+    gr.on([tab.select, layer.change, n.change, m.input], **draw, **shared, api_name="explore", api_description=about(explore))
 
 
 def _layer_names(catalogue: Catalogue, key: str) -> list[str]:

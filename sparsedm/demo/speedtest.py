@@ -11,8 +11,8 @@ import gradio as gr
 from .. import plots, speed
 from ..models import zoo
 from . import checks
-from .compare import said
 from .models import BASES
+from .words import about, said
 
 BATCHES, DTYPES = (1, 4, 16), ("float32", "bfloat16")
 ROUNDS = 9
@@ -84,7 +84,6 @@ def build(job: dict) -> None:
     figure = gr.Plot(show_label=False, label="How many times faster", elem_classes=["later"])
     table = gr.Markdown(elem_classes=["scroll"])
     file = gr.File(label="The figures as JSON", interactive=False, elem_classes=["later"])
-    about = " ".join(benchmark.__doc__.split())
     event = run.click(benchmark, [base, batches, dtype, layers], [state, figure, table, file],
-                      api_name="benchmark", api_description=about, show_progress_on=state, **job)  # fmt: skip
+                      api_name="benchmark", api_description=about(benchmark), show_progress_on=state, **job)  # fmt: skip
     stop.click(None, cancels=[event], api_visibility="private")

@@ -5,8 +5,8 @@ from PIL import Image
 
 from .. import figures, results
 from . import checks, scatter
-from .compare import said
 from .models import BASES
+from .words import about, said
 
 SUITES = {"headline": "long training", "short": "every method, short training"}
 COSTS = {"macs": "MACs", "time": "measured time of a step"}
@@ -81,9 +81,8 @@ def build(tab: gr.Tab) -> None:
             words = gr.Markdown(elem_id="details")
     outputs = [plot, chosen, pictures, words]
     private = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-    about = " ".join(draw.__doc__.split())
     gr.on([tab.select, base.input, suite.input, cost.input], draw, [base, suite, cost, chosen], outputs,
-          queue=False, show_progress="hidden", preprocess=False, api_name="tradeoff", api_description=about)  # fmt: skip
+          queue=False, show_progress="hidden", preprocess=False, api_name="tradeoff", api_description=about(draw))  # fmt: skip
     chosen.input(draw, [base, suite, cost, chosen], outputs, **private)
 
     def picked(base, suite, cost, event: gr.SelectData) -> tuple:

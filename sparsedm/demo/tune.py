@@ -16,8 +16,8 @@ from .. import diffusion, distill, layers, macs, metrics, plots
 from ..models import zoo
 from ..recipes import recipe
 from . import checks, race
-from .compare import said, si
 from .models import BASES, Catalogue, copy_of
+from .words import about, said, si
 
 PATTERNS = ("2:4", "1:4", "3:4", "4:8", "1:8", "7:8")
 MAX_STEPS, EVERY, SAMPLING_STEPS = 400, 10, 15
@@ -167,5 +167,5 @@ def build(catalogue: Catalogue, job: dict) -> None:
         yield from tune(catalogue, request.session_hash or "", base, pattern, decay, weight, steps, word)
 
     gr.on([run.click, word.submit], train, [base, pattern, decay, weight, steps, word], [aim, now, curves, text, file],
-          api_name="finetune", api_description=" ".join(tune.__doc__.split()), show_progress_on=text, **job)  # fmt: skip
+          api_name="finetune", api_description=about(tune), show_progress_on=text, **job)  # fmt: skip
     halt.click(stop, None, text, queue=False, api_visibility="private")
