@@ -3,6 +3,7 @@
 Several processes share the pictures, batch by batch; they are the same for any number of processes.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -34,7 +35,7 @@ class Progress:
 def sample(
     model: nn.Module, folder: Path, protocol: Protocol, stage: str = "sample", dataset: str = "", vae: AutoencoderKL | None = None
 ) -> Iterator[Progress]:
-    """Sample the protocol's pictures, saving them every `CHUNK` in `folder`.
+    """Sample the protocol's pictures, saving them every `CHUNK` in `folder`: in parts, at the end in one file.
 
     A generator that returns them, uint8 [n, C, H, W], in the main process, and None in the others.
 
@@ -56,11 +57,16 @@ def sample(
             batch = _draw(model, protocol, start, end, asked(start, end))
             made[start] = data.to_uint8(batch if vae is None else latents.decode(vae, batch)).cpu()
             yield Progress(stage, min(end + (at_once - 1) * protocol.batch_size, protocol.n), protocol.n)
-        parts += processes.collect(made).values()
-        if processes.is_main():
-            with replacing(path) as temporary:
-                save_file({"images": torch.cat(parts).contiguous()}, temporary, metadata=settings)
-    return torch.cat(parts)[: protocol.n] if processes.is_main() else None
+        if collected := processes.collect(made):
+            parts.append(torch.cat(list(collected.values())))
+            _save(parts[-1], _parts(path) / f"{batches[first]:08d}.safetensors", settings)
+    if not processes.is_main():
+        return None
+    images = torch.cat(parts)
+    if _parts(path).exists():
+        _save(images, path, settings)
+        shutil.rmtree(_parts(path))
+    return images[: protocol.n]
 
 
 def _draw(model: nn.Module, protocol: Protocol, start: int, end: int, asked: dict) -> torch.Tensor:
@@ -96,15 +102,29 @@ def samples_file(folder: Path, protocol: Protocol) -> Path:
 
 def sampled(folder: Path, protocol: Protocol, n: int) -> torch.Tensor:
     """The first n pictures [n, C, H, W] that `sample` left in `folder`, in [-1, 1]. Raises OSError if there are none."""
-    return data.to_float(load_file(samples_file(folder, protocol))["images"][:n])
+    with safe_open(samples_file(folder, protocol), "pt") as file:
+        return data.to_float(file.get_slice("images")[:n])
+
+
+def _parts(path: Path) -> Path:
+    """The folder of what is sampled and not in the file `path` yet; each part is named by the number of its first picture."""
+    return path.with_suffix(".parts")
+
+
+def _save(images: torch.Tensor, path: Path, settings: dict[str, str]) -> None:
+    with replacing(path) as temporary:
+        save_file({"images": images.contiguous()}, temporary, metadata=settings)
 
 
 def _saved(path: Path, settings: dict[str, str]) -> list[torch.Tensor]:
-    """Pictures of an earlier run under the same protocol."""
-    if not path.exists():
-        return []
-    with safe_open(path, "pt") as file:
-        return [file.get_tensor("images")] if file.metadata() == settings else []
+    """Pictures of an earlier run under the same protocol: those in the file, and the parts that follow them."""
+    kept = []
+    for source in ([path] if path.exists() else []) + sorted(_parts(path).glob("*.safetensors")):
+        begins = 0 if source == path else int(source.stem)
+        with safe_open(source, "pt") as file:
+            if begins == sum(map(len, kept)) and file.metadata() == settings:
+                kept.append(file.get_tensor("images"))
+    return kept
 
 
 def labels(model: nn.Module, n: int) -> torch.Tensor | None:
@@ -158,8 +178,7 @@ def score(
     scores = {"n": len(images)}
     if glyphs or inception:
         options = {"split": "test", "n": len(images)} if glyphs else {"size": images.shape[-1]}
-        real, _ = data.stack(data.load(reference or dataset, **options))
-        scores |= metrics.frechet(images, data.to_uint8(real), inception)
+        scores |= metrics.frechet(images, data.load(reference or dataset, **options), inception)
     if glyphs and asked is not None:
         scores["readability"] = metrics.readability(images, asked)
     if base is not None:

@@ -73,21 +73,29 @@ def _flush(path: Path) -> None:
 def claimed(folder: str | Path) -> Iterator[None]:
     """Keep other processes out of a folder, which is made if need be; a claim ends with its process, however it ends.
 
-    The same process may claim it again: in a notebook, a run that was interrupted may still be in memory.
+    The same process may claim it again: in a notebook, a run that was interrupted may still be in memory. A run that is
+    refused before it wrote anything leaves no folder behind.
 
     Raises:
         BlockingIOError: another process has it.
     """
     folder = Path(folder)
+    claim, made_here = folder / ".claim", not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".claim", "w") as file:
+    with open(claim, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # systems differ
             raise BlockingIOError(
                 errno.EAGAIN, f"{folder} is in use by another run; wait for it, or choose another folder"
             ) from error
-        yield
+        try:
+            yield
+        except BaseException:
+            if made_here and list(folder.iterdir()) == [claim]:
+                claim.unlink()
+                folder.rmdir()
+            raise
 
 
 def sweep(folder: str | Path) -> None:

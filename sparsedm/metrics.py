@@ -13,6 +13,7 @@ import torch_fidelity
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
+from . import data
 from .models import zoo
 from .models.classifier import FEATURES, GlyphClassifier
 
@@ -69,10 +70,10 @@ torch_fidelity.register_feature_extractor(GLYPH_EXTRACTOR, _GlyphFeatures)
 
 
 class _Rgb(Dataset):
-    """uint8 pictures [n, C, H, W] as torch-fidelity wants them: RGB items."""
+    """Pictures as torch-fidelity wants them, one by one: uint8 [3, H, W]."""
 
-    def __init__(self, images: torch.Tensor):
-        if images.dtype != torch.uint8 or images.dim() != 4:
+    def __init__(self, images: torch.Tensor | Dataset):
+        if isinstance(images, torch.Tensor) and (images.dtype != torch.uint8 or images.dim() != 4):
             raise ValueError(f"pictures are uint8 [n, C, H, W], not {images.dtype} {list(images.shape)}")
         self.images = images
 
@@ -80,13 +81,16 @@ class _Rgb(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.images[index].expand(3, -1, -1)
+        item = self.images[index]
+        picture = item if isinstance(item, torch.Tensor) else data.to_uint8(item[0])
+        return picture.expand(3, -1, -1)
 
 
-def frechet(images: torch.Tensor, reference: torch.Tensor, weights: str | None = None) -> dict[str, float]:
-    """Distances between two sets of pictures, uint8 [n, C, H, W] each.
+def frechet(images: torch.Tensor, reference: torch.Tensor | Dataset, weights: str | None = None) -> dict[str, float]:
+    """Distances between two sets of pictures, uint8 [n, C, H, W].
 
     Args:
+        reference: may also be a data set of `data.load`, which is read picture by picture.
         weights: path of torch-fidelity's Inception weights; without it the glyph classifier's features are used.
 
     Returns:

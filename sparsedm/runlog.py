@@ -52,7 +52,8 @@ class RunLog:
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
         if self.tracker:
-            self.tracker.log_images({"samples": np.asarray(grid)[None]}, step=state.step)
+            layout = {"dataformats": "NHWC"} if self.tracker.name == "tensorboard" else {}
+            self.tracker.log_images({"samples": np.asarray(grid)[None]}, step=state.step, **layout)
         return path
 
     def _drop_from(self, step: int) -> None:
@@ -67,7 +68,7 @@ def scale(images: torch.Tensor) -> int:
     return max(1, 128 // images.shape[-1])
 
 
-def start_tracker(name: str, folder: Path, settings: dict) -> GeneralTracker | None:
+def tracker_class(name: str) -> type[GeneralTracker] | None:
     """A tracker of accelerate's by name ("tensorboard", "wandb", ...); "" is TensorBoard if it is installed, "none" is none.
 
     Raises:
@@ -80,8 +81,12 @@ def start_tracker(name: str, folder: Path, settings: dict) -> GeneralTracker | N
     if name not in available:
         known = ", ".join(LOGGER_TYPE_TO_CLASS)
         raise ValueError(f"tracker {name!r} is not installed; installed: {', '.join(available) or 'none'}; known: {known}")
+    return LOGGER_TYPE_TO_CLASS[name]
+
+
+def start_tracker(cls: type[GeneralTracker], folder: Path, settings: dict) -> GeneralTracker:
+    """Begin a run named as its folder, with its settings; what the tracker writes goes into the folder's tracker/."""
     processes.state()  # trackers ask which one they are in
-    cls = LOGGER_TYPE_TO_CLASS[name]
     tracker = cls(folder.name, logging_dir=folder / "tracker") if cls.requires_logging_directory else cls(folder.name)
     tracker.start()
     tracker.store_init_configuration({k: v if isinstance(v, (int, float, bool, str)) else str(v) for k, v in settings.items()})

@@ -1,5 +1,6 @@
 """The command line, run as a user runs it."""
 
+import functools
 import json
 import os
 import re
@@ -134,3 +135,13 @@ def test_layer_benchmark_is_written_and_drawn(tmp_path):
     assert done.stdout.count("\n") == len(rows) == len(speed.LINEAR) + len(speed.CONVOLUTION)
     assert all(row["speedup"] > 0.3 and row["threads"] == 1 for row in rows)
     assert file.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+def test_a_benchmark_is_told_to_programs(monkeypatch):
+    few = functools.partial(speed.measure_layers, shapes=(speed.LINEAR[0], speed.CONVOLUTION[-1]))
+    monkeypatch.setattr(speed, "measure_layers", few)
+    done = CliRunner().invoke(cli.app, ["bench", "--what", "layers", "--threads", "1", "--json"])
+    (line,) = done.stdout.splitlines()
+    told = json.loads(line)
+    assert set(speed.machine()) < set(told) and all(row["speedup"] > 0 for row in told["rows"]) and len(told["rows"]) == 2

@@ -130,8 +130,11 @@ def test_pictures_are_taken_up_by_another_number_of_processes(teacher, tmp_path)
             ended = ranks.ended(ranks.start(count, told, sample, tmp_path / out, teacher, 3 if count == 2 else 0), told)
             assert all(code == 0 for code, _ in ended), ended
             if count == 2:  # of its third round the first batch was drawn, and two rounds were saved
-                assert len(load_file(tmp_path / out / "samples-ddpm3-1234.safetensors")["images"]) == 16
-    whole, broken = (load_file(tmp_path / out / "samples-ddpm3-1234.safetensors")["images"] for out in ("whole", "broken"))
+                parts = sorted((tmp_path / out / "samples-ddpm3-1234.parts").iterdir())
+                assert [(part.stem, len(load_file(part)["images"])) for part in parts] == [("00000000", 8), ("00000008", 8)]
+    files = [list((tmp_path / out).iterdir()) for out in ("whole", "broken")]
+    assert [[file.name for file in each] for each in files] == [["samples-ddpm3-1234.safetensors"]] * 2  # the parts are gone
+    whole, broken = (load_file(file)["images"] for (file,) in files)
     assert torch.equal(whole, broken) and len(whole) == 40
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import time
 
 import pytest
 import ranks
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from ranks import command
 
-from sparsedm import data, evaluation, experiment, metrics, recipes, runlog, structure
+from sparsedm import data, evaluation, experiment, metrics, processes, recipes, runlog, structure
 from sparsedm.models import zoo
 from sparsedm.models.uvit import UViTModel
 
@@ -165,7 +166,12 @@ def test_real_pictures_have_the_size_of_those_that_are_scored(tmp_path, monkeypa
     for i in range(3):
         Image.new("RGB", (40, 36)).save(tmp_path / f"{i}.png")
     seen = []
-    monkeypatch.setattr(metrics, "frechet", lambda images, real, weights: seen.append(real.shape) or {"fid": 0.0})
+
+    def frechet(images, real, weights):
+        seen.append((len(real), *real[0][0].shape))
+        return {"fid": 0.0}
+
+    monkeypatch.setattr(metrics, "frechet", frechet)
     pictures = torch.zeros(2, 3, 24, 24, dtype=torch.uint8)
     assert evaluation.score(pictures, None, f"folder:{tmp_path}", inception="weights") == {"n": 2, "fid": 0.0}
     evaluation.score(pictures, None, "latents:nowhere", inception="weights", reference=f"folder:{tmp_path}")
@@ -185,6 +191,27 @@ def test_folder_of_other_settings_is_refused(tiny_recipes):
     next(experiment.reproduce("teacher", tiny_recipes, PROTOCOL))
     with pytest.raises(ValueError, match="holds a run with other settings"):
         next(experiment.reproduce("teacher", tiny_recipes, PROTOCOL, steps=7))
+
+
+def hold(folder):
+    """What another process does: keep the folder."""
+    with processes.claimed(folder):
+        (folder / "held").touch()
+        time.sleep(600)
+
+
+def test_a_recipe_that_another_process_carries_out_is_refused(tiny_recipes, tmp_path):
+    folder = tiny_recipes / "teacher"
+    (other,) = ranks.start(1, tmp_path / "told", hold, folder)
+    try:
+        while not (folder / "held").exists() and other.is_alive():
+            time.sleep(0.01)
+        with pytest.raises(BlockingIOError, match="teacher is in use by another run"):
+            next(experiment.reproduce("teacher", tiny_recipes, PROTOCOL))
+    finally:
+        other.kill()
+        other.join()
+    assert next(experiment.reproduce("teacher", tiny_recipes, PROTOCOL)).stage == "train"
 
 
 def test_student_that_is_not_sparse_is_not_scored(tiny_recipes):

@@ -87,6 +87,11 @@ def test_fd_equals_its_formula_on_the_classifiers_features(scores, glyphs):
     assert scores["real"]["fd_glyph"] == pytest.approx(expected, rel=0.01)
 
 
+def test_a_data_set_is_read_as_its_pictures_are(scores, glyphs):
+    images = data.to_uint8(glyphs[0])
+    assert metrics.frechet(images[HALF:], data.load("glyphs", split="test", n=HALF)) == scores["real"]
+
+
 @pytest.mark.parametrize("n, m", [(2047, 2048), (2048, 100)])
 def test_too_few_samples_for_a_frechet_distance_say_how_many_it_needs(n, m):
     sets = (torch.zeros(k, 1, 16, 16, dtype=torch.uint8) for k in (n, m))

@@ -52,7 +52,7 @@ class Job:
             ValueError: the folder holds a run and `resume` was not asked for, or the other way round.
             Stopped: by Ctrl-C; a checkpoint was left.
         """
-        dtype = zoo.dtype_of(self.dtype)
+        dtype, tracker = zoo.dtype_of(self.dtype), runlog.tracker_class(self.track)
         on(self.device)
         states = train(trained, out=self.out / "train", **self.options)
         began, main, line = time.perf_counter(), processes.is_main(), {}
@@ -60,8 +60,9 @@ class Job:
             self._check()
             if main:
                 files.sweep(self.out)
-            log = runlog.RunLog(self.out / "log.jsonl", tracker=self._tracker(told)) if main else None
-            first = next(states, None)
+            log, first = runlog.RunLog(self.out / "log.jsonl") if main else None, next(states, None)
+            if main and tracker:
+                log.tracker = runlog.start_tracker(tracker, self.out, {**told, **self.options})
             with bars(self.json or first is None) as bar:
                 task = bar.add_task("train", total=first.steps if first else 0, note="")
                 for state in itertools.chain([first] if first else [], states):
@@ -81,9 +82,6 @@ class Job:
             raise ValueError(f"{self.out} holds a run; go on with it by --resume, or choose another folder")
         if self.resume and not there:
             raise ValueError(f"{self.out} holds no run to resume")
-
-    def _tracker(self, told: dict):
-        return runlog.start_tracker(self.track, self.out, {**told, **self.options})
 
     def _note(self, log: runlog.RunLog, state: TrainState) -> dict | None:
         line = log.add(state)
