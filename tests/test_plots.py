@@ -47,7 +47,7 @@ def test_groups_wider_than_asked_are_shown_whole():
 
 def test_sliders_redraw_and_never_ask_for_more_than_there_is():
     explorer = plots.group_explorer(torch.randn(8, 16), "3:4")
-    m, n, picture = explorer.children
+    m, n, picture, refused = explorer.children
     assert m.options == (2, 4, 8, 16)
     before = picture.value
     m.value = 2
@@ -66,6 +66,26 @@ def test_the_sliders_bring_a_still_picture_for_pages_that_do_not_run_them():
 def test_without_ipywidgets_there_is_a_figure(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     assert isinstance(plots.group_explorer(torch.randn(8, 16)), Figure)
+
+
+def test_controls_ask_for_the_figure_again_and_tell_what_it_refuses():
+    asked = []
+
+    def draw(word="AB", width=2):
+        asked.append((word, width))
+        if not word:
+            raise ValueError("say something")
+        return Image.new("L", (10 * width, 10))
+
+    explorer = plots.explorer(draw, word="", width=(1, 4))
+    word, width, picture, refused = explorer.children
+    assert (word.value, width.value, width.max, word.description) == ("AB", 2, 4, "word")
+    width.value = 3
+    assert asked == [("AB", 2), ("AB", 3)] and Image.open(io.BytesIO(picture.value)).width == 30
+    word.value = ""
+    assert refused.value == "say something" and Image.open(io.BytesIO(picture.value)).width == 30
+    word.value = "C"
+    assert refused.value == "" and asked[-1] == ("C", 3)
 
 
 def test_thresholds_cut_off_where_the_importance_stops(make_model):

@@ -2,13 +2,14 @@
 
 from .base import INK, PAPER, PRUNED, SPARSE_INK
 from .charts import bars, curves, lines, live, matrix, ratios
-from .masks import group_counts, group_explorer, groups
+from .masks import group_counts, groups
 from .pictures import picture, rows, strips, word_card
 from .pruning import channels, timesteps
 from .quality import FAMILIES, speed, tradeoff, training
+from .widgets import explorer, group_explorer
 
 __all__ = [
     "FAMILIES", "INK", "PAPER", "PRUNED", "SPARSE_INK",
-    "bars", "channels", "curves", "group_counts", "group_explorer", "groups", "lines", "live", "matrix", "picture", "ratios",
-    "rows", "speed", "strips", "timesteps", "tradeoff", "training", "word_card",
+    "bars", "channels", "curves", "explorer", "group_counts", "group_explorer", "groups", "lines", "live", "matrix", "picture",
+    "ratios", "rows", "speed", "strips", "timesteps", "tradeoff", "training", "word_card",
 ]  # fmt: skip

@@ -1,8 +1,5 @@
 """N:M masks on real weights."""
 
-import base64
-import io
-
 import numpy as np
 import torch
 
@@ -64,32 +61,3 @@ def group_counts(weight: torch.Tensor, pattern: nm.NMPattern | str):
     axes.yaxis.set_major_formatter("{x:.0%}")
     open_frame(axes)
     return plot
-
-
-def group_explorer(weight: torch.Tensor, pattern: nm.NMPattern | str = "2:4"):
-    """Sliders for N and M over `groups`; the figure itself where there is no ipywidgets, or no front end that runs them."""
-    pattern = nm.NMPattern.parse(pattern)
-    try:
-        import ipywidgets
-    except ImportError:
-        return groups(weight, pattern)
-
-    class Explorer(ipywidgets.VBox):
-        def _repr_mimebundle_(self, **kwargs) -> dict:
-            return super()._repr_mimebundle_(**kwargs) | {"image/png": base64.b64encode(picture.value).decode()}
-
-    sizes = [m for m in (2, 4, 8, 16, 32) if weight.shape[1] % m == 0]
-    m = ipywidgets.SelectionSlider(options=sizes, value=pattern.m, description="M")
-    n = ipywidgets.IntSlider(pattern.n, 1, pattern.m, description="N", continuous_update=False)
-    picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})  # as large as it is
-
-    def draw(change: object = None) -> None:
-        n.max = m.value  # and so is n, at most
-        buffer = io.BytesIO()
-        groups(weight, nm.NMPattern(n.value, m.value)).savefig(buffer, format="png", dpi=80)
-        picture.value = buffer.getvalue()
-
-    n.observe(draw, "value")
-    m.observe(draw, "value")
-    draw()
-    return Explorer([m, n, picture])
