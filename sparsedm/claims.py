@@ -112,7 +112,7 @@ def _faster(key: str) -> Callable[[Evidence], Verdict]:
 def _equal_time(found: Evidence) -> Verdict:
     """2:4 against pruned models of the same measured time: FD-glyph between those of two widths, on a logarithmic scale."""
     row = found.short["2x4"]
-    widths = [(1.0, min(found.short[key].fd for key in ("more", "more-gentle")))]
+    widths = [(1.0, found.short["more"].fd)]
     for key in ("diffpruned-most", "diffpruned", "diffpruned-quarter"):
         widths.append((1 / _speedup(found.short[key]), found.short[key].fd))
     time = 1 / _speedup(row)

@@ -94,7 +94,6 @@ def test_faster_is_faster_than_onednn_too(runs, tmp_path, speedup, word):
 
 def test_equal_time_is_between_two_widths(runs, tmp_path):
     runs(f"{BASE}-short-more", 2.0)
-    runs(f"{BASE}-short-more-gentle", 2.5)
     runs(f"{BASE}-short-diffpruned-most", 4.0, macs=800)
     runs(f"{BASE}-short-diffpruned-quarter", 8.0, macs=250)
     timed(tmp_path, **{"2x4": 1 / 0.8, "diffpruned": 1 / 0.5, "diffpruned_most": 1 / 0.6, "diffpruned_quarter": 1 / 0.3})
