@@ -8,6 +8,7 @@ import torch
 from . import evaluation, plots, results
 from .results import Row
 
+OFF_THE_SCALE = 10  # times the teacher's FD-glyph
 GRID = 18  # pictures in a row of the consistency grid
 METHODS = (
     "teacher",
@@ -42,16 +43,18 @@ def draw(base: str, folder: Path, runs: Path | None = None) -> Iterator[Path]:
 
 def against_macs(rows: list[Row]):
     """Quality against the share of the teacher's MACs."""
-    whole = _teacher(rows).macs
-    points = [(row.recipe.method, family(row), row.macs / whole, row.fd) for row in rows]
-    return plots.tradeoff(points, xlabel="MACs per picture and step, as a share of the dense model's")
+    teacher = _teacher(rows)
+    points = [(row.recipe.method, family(row), row.macs / teacher.macs, row.fd) for row in rows]
+    xlabel = "MACs per picture and step, as a share of the dense model's"
+    return plots.tradeoff(points, xlabel=xlabel, ceiling=OFF_THE_SCALE * teacher.fd)
 
 
 def against_latency(rows: list[Row]):
     """Quality against the measured time of a step, as a share of the teacher's."""
     points = [(row.recipe.method, family(row), 1 / row.speedup, row.fd) for row in rows if row.speedup]
     points += [(row.recipe.method, "dense", 1.0, row.fd) for row in rows if family(row) == "dense"]
-    return plots.tradeoff(points, xlabel="measured time of a step, as a share of the dense model's")
+    xlabel = "measured time of a step, as a share of the dense model's"
+    return plots.tradeoff(points, xlabel=xlabel, ceiling=OFF_THE_SCALE * _teacher(rows).fd)
 
 
 def over_training(rows: list[Row]):

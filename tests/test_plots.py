@@ -198,3 +198,11 @@ def test_levels_are_named_horizontal_lines():
     axes = plots.lines({"a": ([1, 2], [1, 3])}, xlabel="x", ylabel="y", levels={"dense": 1.5}).axes[0]
     assert list(axes.lines[1].get_ydata()) == [1.5, 1.5]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "dense"]
+
+
+def test_what_is_off_the_scale_stands_at_its_edge_with_its_number():
+    points = [("a", "dense", 1.0, 2.0), ("b", "N:M", 0.5, 3.0), ("c", "N:M", 0.5, 99.0)]
+    axes = plots.tradeoff(points, xlabel="cost", ceiling=20).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["a", "b", "c: 99"]
+    assert max(y for drawn in axes.collections for _, y in drawn.get_offsets()) == 20
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["dense", "N:M"]
