@@ -4,6 +4,7 @@ They must see the same files, and pass through the functions below together.
 """
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +34,10 @@ def accelerator(mixed_precision: str) -> Accelerator:
     state()
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=mixed_precision)
+    made = Accelerator(mixed_precision=mixed_precision)
+    if mixed_precision == "fp16" and made.device.type == "cpu":
+        warnings.warn("fp16 needs an accelerator: on the CPU this trains in float32 (bf16 works there)", stacklevel=2)
+    return made
 
 
 def is_main() -> bool:

@@ -123,6 +123,8 @@ class Training:
 
     def save(self, path: Path, step: int) -> None:
         content = {"step": step, "config": self.config.identity(), "states": [x.state_dict() for x in self._stateful()]}
+        if self.accelerator.scaler:
+            content["scaler"] = self.accelerator.scaler.state_dict()
         with replacing(path) as temporary:
             torch.save(content, temporary)
 
@@ -138,6 +140,8 @@ class Training:
             raise ValueError(f"{path} belongs to a run with {', '.join(other)}; use another folder or the same settings")
         for thing, state in zip(self._stateful(), states, strict=True):
             thing.load_state_dict(state)
+        if self.accelerator.scaler and "scaler" in content:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
         self.ema.to(self.accelerator.device)
         return content["step"]
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from sparsedm import data, diffusion, distill, layers, training
+from sparsedm import data, diffusion, distill, layers, processes, training
 from sparsedm.models.uvit import UViTModel
 
 STEPS = {"steps": 6, "batch_size": 8, "lr": 1e-3, "warmup": 2, "checkpoint_every": 2}
@@ -262,6 +262,51 @@ def test_mixed_precision_computes_in_bfloat16_on_float32_weights():
     (state,) = run(model, steps=1, mixed_precision="bf16")  # in the same process
     assert seen == [torch.bfloat16] and {p.dtype for p in model.parameters()} == {torch.float32}
     assert state.loss == pytest.approx(plain.loss, rel=1e-2) and state.loss != plain.loss
+
+
+def test_fp16_on_a_cpu_says_that_it_is_float32():
+    with pytest.warns(UserWarning, match="on the CPU this trains in float32"):
+        run(tiny(), steps=1, mixed_precision="fp16")
+
+
+@pytest.fixture
+def scalers(monkeypatch):
+    """The scaler and the autocast of a GPU, which accelerate leaves out on a CPU; a list of the scalers that were made."""
+    plain, made = processes.accelerator, []
+
+    def as_on_a_gpu(precision):
+        accelerator = plain(precision)
+        if precision == "fp16":
+            made.append(torch.amp.GradScaler("cpu", init_scale=2.0 ** (40 if len(made) else 16)))
+            accelerator.native_amp, accelerator.scaler = True, made[-1]
+        return accelerator
+
+    monkeypatch.setattr(processes, "accelerator", as_on_a_gpu)
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:fp16 needs")
+def test_fp16_gradients_are_scaled_and_steps_that_overflow_left_out(scalers, tmp_path):
+    options = {"steps": 40, "warmup": 0}
+    full = [state.loss for state in run(tiny(), **options)]
+    half = [state.loss for state in run(tiny(), **options, mixed_precision="fp16")]
+    assert half == pytest.approx(full, rel=0.01) and half != full and scalers[0].get_scale() == 2.0**16
+    model, again = tiny(), tiny()
+    before, losses, moved = model.mid_block.mlp.fc1.weight.clone(), [], []
+    options = {**STEPS, **options, "mixed_precision": "fp16"}
+    for state in distill.train(model, "digits", **options):
+        losses.append(state.loss)
+        moved.append(not torch.equal(before, model.mid_block.mlp.fc1.weight))
+    overflows = moved.index(True)  # the scale is halved until the gradients fit
+    assert 5 < overflows < 30 and all(moved[overflows:]) and scalers[1].get_scale() == 2.0 ** (40 - overflows)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10]) and model.mid_block.mlp.fc1.weight.dtype == torch.float32
+    states = distill.train(again, "digits", out=tmp_path, **options)
+    for _ in range(overflows - 2):
+        next(states)
+    states.close()
+    again = tiny()
+    list(distill.train(again, "digits", out=tmp_path, **options))  # with the scale that it had
+    assert equal(model, again)
 
 
 def test_a_run_may_go_on_in_other_parts(tmp_path):
