@@ -261,6 +261,8 @@ def test_the_scatter_places_points_by_cost_and_quality():
     assert places["a"][0] > places["b"][0] and places["a"][1] < places["b"][1]
     assert "A &amp; B" in plot and list(places) == ["b", "a"]  # the chosen one lies on top
     assert "No results" in scatter.svg([], "cost")
+    clipped = scatter.svg(points, "cost", ceiling=5)
+    assert clipped.count("<circle") == clipped.count("<path") == 1 and ">A &amp; B: 10</text>" in clipped
 
 
 def test_the_benchmark_streams_and_leaves_a_file(monkeypatch):

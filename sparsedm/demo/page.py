@@ -79,11 +79,11 @@ dd kbd {{ font-weight: 650; letter-spacing: 0.08em; margin-right: 0.5em; }}
 .scatter text {{ fill: var(--body-text-color-subdued); font-size: 13px; }}
 .scatter .grid line {{ stroke: var(--border-color-primary); }}
 .scatter .point {{ cursor: pointer; outline: none; }}
-.scatter .point circle {{ fill: var(--ink); stroke: var(--background-fill-primary); stroke-width: 1.5; }}
+.scatter .point :is(circle, path) {{ fill: var(--ink); stroke: var(--background-fill-primary); stroke-width: 1.5; }}
 .scatter .point text {{ display: none; fill: var(--body-text-color); font-weight: 600; paint-order: stroke; }}
 .scatter .point text {{ stroke: var(--background-fill-primary); stroke-width: 4px; }}
 .scatter.few .point text, .scatter .point:is(:hover, :focus, .chosen) text {{ display: inline; }}
-.scatter .point:is(:hover, :focus, .chosen) circle {{ stroke: var(--body-text-color); stroke-width: 2.5; }}
+.scatter .point:is(:hover, :focus, .chosen) :is(circle, path) {{ stroke: var(--body-text-color); stroke-width: 2.5; }}
 .legend {{ display: flex; flex-wrap: wrap; gap: 0.3rem 1.2rem; }}
 .legend span::before {{ content: ""; display: inline-block; width: 0.7em; height: 0.7em; border-radius: 50%; }}
 .legend span::before {{ background: var(--ink); margin-right: 0.4em; }}

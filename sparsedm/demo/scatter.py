@@ -32,18 +32,21 @@ class Point:
     fd: float
 
 
-def svg(points: Sequence[Point], xlabel: str, chosen: str = "") -> str:
-    """The plot, FD on a logarithmic axis; the chosen point is ringed and drawn last, every point is labelled on hovering."""
+def svg(points: Sequence[Point], xlabel: str, chosen: str = "", ceiling: float = math.inf) -> str:
+    """The plot, FD on a logarithmic axis; the chosen point is ringed and drawn last, every point is labelled on hovering.
+
+    What lies above the `ceiling` is drawn at it as a triangle, and its label says where it is.
+    """
     if not points:
         return "<p>No results are stored for this choice.</p>"
-    low, high = min(p.fd for p in points) / 1.25, max(p.fd for p in points) * 1.25
+    low, high = min(p.fd for p in points) / 1.25, min(max(p.fd for p in points), ceiling) * 1.25
     widest = max(1.05, 1.05 * max(p.cost for p in points))
 
     def place(cost: float, fd: float) -> tuple[float, float]:
         x = LEFT + cost / widest * (WIDTH - LEFT - RIGHT)
         return x, HEIGHT - BOTTOM - math.log(fd / low) / math.log(high / low) * (HEIGHT - TOP - BOTTOM)
 
-    marks = [_point(point, *place(point.cost, point.fd), point.name == chosen) for point in points]
+    marks = [_point(p, *place(p.cost, min(p.fd, ceiling)), p.name == chosen, p.fd > ceiling) for p in points]
     marks.sort(key=lambda mark: "chosen" in mark)
     bottom = HEIGHT - BOTTOM
     across = [(place(share / 4, low)[0], f"{share * 25} %") for share in range(int(widest * 4) + 1)]
@@ -64,14 +67,16 @@ def svg(points: Sequence[Point], xlabel: str, chosen: str = "") -> str:
     )
 
 
-def _point(point: Point, x: float, y: float, chosen: bool) -> str:
+def _point(point: Point, x: float, y: float, chosen: bool, above: bool) -> str:
     words = html.escape(f"{point.label}: FD-glyph {point.fd:.2f} at {point.cost:.0%}", quote=True)
+    text = f"{point.label}: {point.fd:.0f}" if above else point.label
     aside, anchor = (-12, "end") if x > WIDTH * 0.62 else (12, "start")
-    label = f"<text x='{x + aside:.1f}' y='{y + 4:.1f}' text-anchor='{anchor}'>{html.escape(point.label)}</text>"
+    label = f"<text x='{x + aside:.1f}' y='{y + 4:.1f}' text-anchor='{anchor}'>{html.escape(text)}</text>"
+    shape = f"<path d='M{x:.1f} {y - 8:.1f} l8 14 h-16 z'/>" if above else f"<circle cx='{x:.1f}' cy='{y:.1f}' r='7'/>"
     return (
         f"<g class='point {CLASSES[point.family]}{' chosen' if chosen else ''}' tabindex='0' role='button' aria-label='{words}' "
         f"data-name='{html.escape(point.name, quote=True)}'><title>{words}</title>"
-        f"<circle cx='{x:.1f}' cy='{y:.1f}' r='7'/>{label}</g>"
+        f"{shape}{label}</g>"
     )
 
 

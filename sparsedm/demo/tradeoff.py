@@ -36,7 +36,9 @@ def draw(base, suite, cost, chosen=None) -> tuple:
         raise said(error) from error
     names = [point.name for point in shown]
     chosen = chosen if chosen in names else next((name for name in names if name.endswith("-2x4")), None)
-    plot = scatter.svg(shown, f"{COSTS[cost]}, as a share of the dense model's", chosen or "")
+    dense = next(point.fd for point in shown if point.name in (base, *results.teachers()))
+    xlabel = f"{COSTS[cost]}, as a share of the dense model's"
+    plot = scatter.svg(shown, xlabel, chosen or "", ceiling=figures.OFF_THE_SCALE * dense)
     return plot, gr.Dropdown([(point.label, point.name) for point in shown], value=chosen), *details(chosen)
 
 
