@@ -65,8 +65,8 @@ def group_explorer(weight: torch.Tensor, pattern: nm.NMPattern | str = "2:4"):
 
 
 def _png(drawn: Any) -> bytes:
-    """A matplotlib figure or a PIL picture as a file."""
+    """A matplotlib figure, cut as a notebook cuts it, or a PIL picture, as a file."""
     buffer = io.BytesIO()
-    save, options = (drawn.savefig, {"dpi": 80}) if hasattr(drawn, "savefig") else (drawn.save, {})
+    save, options = (drawn.savefig, {"dpi": 80, "bbox_inches": "tight"}) if hasattr(drawn, "savefig") else (drawn.save, {})
     save(buffer, format="png", **options)
     return buffer.getvalue()
