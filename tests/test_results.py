@@ -96,11 +96,13 @@ def test_faster_is_faster_than_onednn_too(runs, tmp_path, speedup, word):
 
 def test_equal_time_is_between_two_widths(runs, tmp_path):
     runs(f"{BASE}-short-more", 2.0)
+    runs(f"{BASE}-short-more-gentle", 2.5)
     runs(f"{BASE}-short-diffpruned-most", 4.0, macs=800)
     runs(f"{BASE}-short-diffpruned-quarter", 8.0, macs=250)
     timed(tmp_path, **{"2x4": 1 / 0.8, "diffpruned": 1 / 0.5, "diffpruned_most": 1 / 0.6, "diffpruned_quarter": 1 / 0.3})
     verdict = claims._equal_time(claims.Evidence(BASE))  # 0.8 is half way, logarithmically, from 2.0 (at 1) to 4.0 (at 0.6)
-    assert verdict.figures == "3.03 against 2.83 at 80% of the dense time" and verdict.word == claims.OPEN
+    assert verdict.figures == "3.03 against 2.83 at 80% of the dense time (3.16 if the dense model counts at lr 3e-4)"
+    assert verdict.word == claims.OPEN
 
 
 def test_figures_are_drawn(runs, tmp_path):
