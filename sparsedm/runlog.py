@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, WandBTracker, get_available_trackers
 
 from . import diffusion, distill, layers, plots, processes
 from .files import replacing
@@ -87,7 +87,12 @@ def tracker_class(name: str) -> type[GeneralTracker] | None:
 def start_tracker(cls: type[GeneralTracker], folder: Path, settings: dict) -> GeneralTracker:
     """Begin a run named as its folder, with its settings; what the tracker writes goes into the folder's tracker/."""
     processes.state()  # trackers ask which one they are in
-    tracker = cls(folder.name, logging_dir=folder / "tracker") if cls.requires_logging_directory else cls(folder.name)
+    place = folder / "tracker"
+    if cls is WandBTracker:  # its first name is the project's, which holds many runs
+        place.mkdir(exist_ok=True)
+        tracker = cls("sparsedm", name=folder.name, dir=place)
+    else:
+        tracker = cls(folder.name, logging_dir=place) if cls.requires_logging_directory else cls(folder.name)
     tracker.start()
     tracker.store_init_configuration({k: v if isinstance(v, (int, float, bool, str)) else str(v) for k, v in settings.items()})
     return tracker

@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
+from wandb.proto import wandb_internal_pb2
 
 from sparsedm import cli, layers
 from sparsedm.models import zoo
@@ -23,9 +27,10 @@ from sparsedm.models.uvit import UViTModel
 QUICK = ("--data", "digits", "--steps", "4", "--batch-size", "4", "--set", "checkpoint_every=2")
 
 
-def start(*arguments) -> subprocess.Popen:
+def start(*arguments, **environment: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "sparsedm", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | environment
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def ask(*arguments) -> dict:
@@ -105,6 +110,48 @@ def test_tensorboard_gets_settings_losses_flips_and_pictures(tiny, tmp_path):
         assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(Image.open(path).convert("RGB")))
 
 
+def test_wandb_gets_the_same(tiny, tmp_path):
+    out = tmp_path / "out"
+    options = ("--data", "digits", "--steps", 100, "--batch-size", 4, "--samples-every", 50, "--track", "wandb", "--json")
+    process = start("finetune", tiny, out, *options, WANDB_MODE="offline")
+    assert json.loads(process.communicate()[0])["model"] == str(out / "model")
+    (written,) = out.glob("tracker/wandb/offline-run-*/run-*.wandb")
+    records = wandb_records(written)
+    runs = [record.run for record in records if record.HasField("run")]
+    assert {(run.project, run.display_name) for run in runs} == {("sparsedm", "out")}
+    configs = [config for record in records for config in (record.run.config, record.config)]
+    settings = [(item.key, item.value_json) for config in configs for item in config.update]
+    assert ("steps", "100") in settings and ("pattern", '"2:4"') in settings
+    history = {}
+    for record in records:
+        items = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        if items:
+            history.setdefault(items["_step"], {}).update(items)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(history) == [50, 100]
+    for line, logged in zip(lines, history.values(), strict=True):
+        assert all(logged[name] == pytest.approx(value) for name, value in line.items() if name != "step")
+    drawn = sorted((out / "samples").iterdir())
+    shown = [next(written.parent.glob(f"files/media/images/samples_{step}_*.png")) for step in history]
+    for path, copy in zip(drawn, shown, strict=True):
+        assert np.array_equal(np.asarray(Image.open(copy).convert("RGB")), np.asarray(Image.open(path).convert("RGB")))
+
+
+def wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
+    """What a run of wandb wrote: protocol buffers in a LevelDB log, in blocks of 32 KiB."""
+    data, at, record, records = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        length, kind = struct.unpack_from("<HB", data, at + 4)  # after a checksum
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(wandb_internal_pb2.Record.FromString(record))
+            record = b""
+        if -at % 2**15 < 7:  # a header does not fit, zeros fill the block
+            at += -at % 2**15
+    return records
+
+
 def test_an_official_checkpoint_becomes_a_model_folder(tmp_path, monkeypatch, capsys):
     model = UViTModel(sample_size=8, in_channels=3, embed_dim=16, depth=2, num_heads=4)
     torch.save(model.state_dict(), tmp_path / "nnet_ema.pth")
@@ -177,7 +224,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, monkeypatch,
         (("finetune", "{}/tiny", "{}/o", "--data", "glyphs-rgb"), "UViTModel takes pictures of 1 channels"),
         (("generate", "{}/tiny", "{}/o.png", "--label", "11", "--json"), "the classes of this model are 0 to 9, and 10 for none"),
         (("sparsify", "{}/tiny", "{}/o", "--exclude", "nope.*"), "'nope.*' matches no layer"),
-        (("train", "{}/tiny", "{}/o", "--data", "digits", "--track", "wandb"), "tracker 'wandb' is not installed"),
+        (("train", "{}/tiny", "{}/o", "--data", "digits", "--track", "aim"), "tracker 'aim' is not installed"),
         (("evaluate", "{}/tiny", "{}/o", "--precision", "int8"), "precision is 'bf16' or 'fp32'"),
         (("evaluate", "glyphs-uvit", "{}/o", "--n", "99"), "a Fréchet distance needs at least 2048 samples, there are 99"),
         (("evaluate", "{}/tiny", "{}/o", "--data", "glyphs"), "glyphs are pictures of shape [1, 16, 16], and those of UViTModel"),
