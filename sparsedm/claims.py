@@ -1,15 +1,19 @@
 """What the two papers claim, and what the stored results say about it here: holds, does not hold, or cannot be told.
 
-Two scores are told apart only if they differ by more than the seeds do: by more than the largest spread (largest minus smallest,
-as a share of the mean) that the seeds of any one method show. One yardstick serves both teachers: the spread of two or three runs
-may be small by luck.
+Two scores are told apart only if they differ by more than chance makes them: by a t-test on ln FD-glyph, whose deviation from run
+to run is pooled over all methods that have several seeds, of both teachers. Two or three runs alone may agree by luck.
 """
 
+import functools
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from scipy import stats
 
 from . import layers, macs, results
 from .models.uvit import UViTModel
@@ -20,6 +24,7 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
 HALF, CONSISTENT = 0.55, 0.95  # MACs that count as half; SSIM (1 is equal) that counts as close to the original's picture
 TOLERANCE = 1.1  # FD-glyph over the teacher's that still counts as the same quality: design target, the paper's FID grows 0.44
 FASTER = 1.1
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,47 @@ class Verdict:
         return f"**{self.word}**: {self.figures}"
 
 
-def noise() -> float:
-    """The largest spread of the seeds of one method. Raises KeyError if no method has several seeds."""
-    spreads = [row.spread for row in results.load("short") if row.spread is not None]
-    if not spreads:
-        raise KeyError("several seeds of a method")
-    return max(spreads)
+class Score(NamedTuple):
+    """FD-glyph, and the number of runs that it is the mean of."""
+
+    fd: float
+    runs: float = 1.0
+
+    @classmethod
+    def of(cls, row: Row) -> "Score":
+        return cls(row.fd, len(row.runs))
+
+
+@dataclass(frozen=True)
+class Chance:
+    """Standard deviation of ln FD-glyph from run to run of one method, and the degrees of freedom it was estimated with."""
+
+    deviation: float
+    freedom: int
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Chance":
+        """Pooled over the rows with several runs. Raises KeyError if there is none."""
+        several = [[math.log(run["scores"]["fd_glyph"]) for run in row.runs] for row in rows if len(row.runs) > 1]
+        freedom = sum(len(values) - 1 for values in several)
+        if not freedom:
+            raise KeyError("several seeds of a method")
+        squares = sum(statistics.variance(values) * (len(values) - 1) for values in several)
+        return cls(math.sqrt(squares / freedom), freedom)
+
+    def reach(self, a: float = 1.0, b: float = 1.0) -> float:
+        """How far apart ln FD-glyph of means of `a` and of `b` runs must be to count as different (two-sided t-test)."""
+        return stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom) * self.deviation * math.sqrt(1 / a + 1 / b)
+
+    def compare(self, a: Score, b: Score) -> int:
+        """-1 if FD-glyph of `a` is the lower one, 1 if that of `b` is, 0 if the seeds do not allow to tell."""
+        gap = math.log(a.fd / b.fd)
+        return 0 if abs(gap) <= self.reach(a.runs, b.runs) else int(math.copysign(1, gap))
+
+
+def chance() -> Chance:
+    """What the stored results of both suites tell about chance. Raises KeyError if no method has several seeds."""
+    return Chance.of(row for suite in results.SUITES for row in results.load(suite))
 
 
 class Evidence:
@@ -49,16 +89,18 @@ class Evidence:
         self.short = {row.name.removeprefix(f"{base}-short-"): row for row in results.load("short", base)}
         self.long = {row.name.removeprefix(base).lstrip("-") or "teacher": row for row in results.load("headline", base)}
 
-    def compare(self, a: float, b: float) -> int:
-        """-1 if FD-glyph `a` is the lower one, 1 if `b` is, 0 if the seeds do not allow to tell."""
-        if abs(a - b) <= noise() * (a + b) / 2:
-            return 0
-        return -1 if a < b else 1
+    @functools.cached_property
+    def chance(self) -> Chance:
+        return chance()
+
+    def compare(self, a: Row, b: Row) -> int:
+        """-1 if FD-glyph of `a` is the lower one, 1 if that of `b` is, 0 if the seeds do not allow to tell."""
+        return self.chance.compare(Score.of(a), Score.of(b))
 
     def better(self, a: str, others: Iterable[str]) -> Verdict:
         """Whether a short run is better than every one of the others."""
         row, rivals = self.short[a], [self.short[name] for name in others]
-        outcomes = [self.compare(row.fd, rival.fd) for rival in rivals]
+        outcomes = [self.compare(row, rival) for rival in rivals]
         word = FAILS if 1 in outcomes else HOLDS if all(outcome == -1 for outcome in outcomes) else OPEN
         return Verdict(word, f"{row.fd:.2f} against " + ", ".join(f"{r.fd:.2f} ({r.recipe.method})" for r in rivals))
 
@@ -89,7 +131,7 @@ def _kept(key: str) -> Callable[[Evidence], Verdict]:
 
     def judge(found: Evidence) -> Verdict:
         row, teacher, rival = (found.long[name] for name in (key, "teacher", "more"))
-        word = FAILS if row.fd > TOLERANCE * teacher.fd else HOLDS if found.compare(row.fd, rival.fd) < 1 else FAILS
+        word = FAILS if row.fd > TOLERANCE * teacher.fd else HOLDS if found.compare(row, rival) < 1 else FAILS
         return Verdict(word, f"{row.fd:.2f}; teacher {teacher.fd:.2f}, dense with the same extra training {rival.fd:.2f}")
 
     return judge
@@ -124,20 +166,26 @@ def _equal_time(found: Evidence) -> Verdict:
     rival, gentle = (_rival(found, dense, time) for dense in ("more", "more-gentle"))
     if rival is None or gentle is None:
         return Verdict(OPEN, f"no pruned model is as fast ({time:.2f} of the dense time)")
-    word = {-1: HOLDS, 0: OPEN, 1: FAILS}[found.compare(row.fd, rival)]
-    figures = f"{row.fd:.2f} against {rival:.2f} at {time:.0%} of the dense time"
-    return Verdict(word, f"{figures} ({gentle:.2f} if the dense model counts at lr 3e-4)")
+    word = {-1: HOLDS, 0: OPEN, 1: FAILS}[found.chance.compare(Score.of(row), rival)]
+    figures = f"{row.fd:.2f} against {rival.fd:.2f} at {time:.0%} of the dense time"
+    return Verdict(word, f"{figures} ({gentle.fd:.2f} if the dense model counts at lr 3e-4)")
 
 
-def _rival(found: Evidence, dense: str, time: float) -> float | None:
-    """FD-glyph of a model that takes this share of the dense time; None if there is none on one side."""
-    widths = [(1.0, found.short[dense].fd)]
+def _rival(found: Evidence, dense: str, time: float) -> Score | None:
+    """What a model that takes this share of the dense time would score; None if there is none on one side."""
+    widths = [(1.0, Score.of(found.short[dense]))]
     for key in ("diffpruned-most", "diffpruned", "diffpruned-quarter"):
-        widths.append((1 / _speedup(found.short[key]), found.short[key].fd))
-    for (t0, fd0), (t1, fd1) in itertools.pairwise(sorted(widths)):
+        widths.append((1 / _speedup(found.short[key]), Score.of(found.short[key])))
+    for (t0, one), (t1, other) in itertools.pairwise(sorted(widths)):
         if t0 <= time <= t1:
-            return math.exp(math.log(fd0) + (time - t0) / (t1 - t0) * (math.log(fd1) - math.log(fd0)))
+            return _between(one, other, (time - t0) / (t1 - t0))
     return None
+
+
+def _between(a: Score, b: Score, share: float) -> Score:
+    """`share` of the way from `a` to `b`, logarithmically, with the number of runs that has the variance of this mean."""
+    fd = a.fd ** (1 - share) * b.fd**share
+    return Score(fd, 1 / ((1 - share) ** 2 / a.runs + share**2 / b.runs))
 
 
 def _speedup(row: Row) -> float:
@@ -157,7 +205,7 @@ def _cheap(found: Evidence) -> Verdict:
 def _thresholds(found: Evidence) -> Verdict:
     keys = ("threshold-0.02", "diffpruned", "threshold-0.2")
     best, taylor = min((found.short[key] for key in keys), key=lambda row: row.fd), found.short["taylor"]
-    word = {-1: HOLDS, 0: OPEN, 1: FAILS}[found.compare(best.fd, taylor.fd)]
+    word = {-1: HOLDS, 0: OPEN, 1: FAILS}[found.compare(best, taylor)]
     sweep = ", ".join(f"{found.short[key].fd:.2f} ({found.short[key].recipe.prune['threshold']:g})" for key in keys)
     return Verdict(word, f"{taylor.fd:.2f} with all timesteps, {sweep}")
 
@@ -213,17 +261,23 @@ def table(bases: tuple[str, ...] = ("glyphs-uvit", "glyphs-unet")) -> str:
         lines.append(f"| {paper} | {claim} | {' | '.join(map(str, cells))} |")
     lines += [
         "",
-        "Figures are FD-glyph where nothing else is said. Scores that differ by less than the seeds of one method do"
-        f" ({_noise()}) are not told apart. Quality is kept if FD-glyph is at most {TOLERANCE - 1:.0%} above the teacher's and,"
-        " after the long training, not above the dense model's with the same extra training by more than the seeds differ. Half"
-        f" the MACs: at most {HALF:.0%}. Faster: by {FASTER - 1:.0%}, over PyTorch (eager, channels-last or compiled) and over"
-        f" the dense model converted to oneDNN. Close to the original: SSIM of at least {CONSISTENT}.",
+        f"Figures are FD-glyph where nothing else is said. {_told_apart()} Quality is kept if FD-glyph is at most"
+        f" {TOLERANCE - 1:.0%} above the teacher's and, after the long training, not above the dense model's with the same extra"
+        f" training by more than chance. Half the MACs: at most {HALF:.0%}. Faster: by {FASTER - 1:.0%}, over PyTorch (eager,"
+        " channels-last or compiled) and over the dense model converted to oneDNN. Close to the original: SSIM of at least"
+        f" {CONSISTENT}.",
     ]
     return "\n".join(lines)
 
 
-def _noise() -> str:
+def _told_apart() -> str:
+    """The yardstick of chance in a sentence or two."""
     try:
-        return f"{noise():.0%}"
+        found = chance()
     except KeyError:
-        return "not run"
+        return "Nothing tells how large chance is: no method has several seeds."
+    single, three = (math.expm1(found.reach(runs, runs)) for runs in (1, 3))
+    return (
+        f"From seed to seed FD-glyph varies by {found.deviation:.1%} (standard deviation, {found.freedom} degrees of freedom):"
+        f" single runs count as different from {single:.0%} on, means of three from {three:.0%} on (t-test, {CONFIDENCE:.0%})."
+    )

@@ -12,6 +12,7 @@ from .recipes import RECIPES, Recipe, recipe, run_name
 
 RESULTS = zoo.ASSETS / "results"
 SUITES = ("headline", "short")
+_SEEDS = "±: largest deviation of two or three seeds."
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class Row:
         return self.mean("fd_glyph")
 
     @property
-    def spread(self) -> float | None:
-        """Largest minus smallest FD-glyph of the seeds, as a share of their mean; None for a single run."""
-        values = [run["scores"]["fd_glyph"] for run in self.runs]
-        return (max(values) - min(values)) / self.fd if len(values) > 1 else None
+    def fd_text(self) -> str:
+        """FD-glyph as tables show it, with the largest deviation of a seed if there are several."""
+        deviation = max(abs(run["scores"]["fd_glyph"] - self.fd) for run in self.runs)
+        return f"{self.fd:.2f}" + (f" ± {deviation:.2f}" if len(self.runs) > 1 else "")
 
     @property
     def macs(self) -> int:
@@ -117,12 +118,13 @@ def headline_table() -> str:
     """The models that were trained long, as a Markdown table."""
     rows = load("headline")
     head = "| model | FD-glyph ↓ | readability ↑ | SSIM to teacher ↑ | M MACs | nonzero weights | training pictures |"
-    return "\n".join([head, "|---" * 7 + "|", *map(_headline_row, rows), "", _caption(rows[0].runs[0])])
+    caption = f"{_caption(rows[0].runs[0])} {_SEEDS} The bundled models are those of seed 0."
+    return "\n".join([head, "|---" * 7 + "|", *map(_headline_row, rows), "", caption])
 
 
 def _headline_row(row: Row) -> str:
     cells = (
-        row.recipe.title, f"{row.fd:.2f}", f"{row.mean('readability'):.1%}", _ssim(row), f"{row.macs / 1e6:.1f}",
+        row.recipe.title, row.fd_text, f"{row.mean('readability'):.1%}", _ssim(row), f"{row.macs / 1e6:.1f}",
         f"{row.runs[0]['nonzero_parameters'] / 1e6:.2f} M",
         f"{'+ ' if row.recipe.base and row.images else ''}{row.images // 1000} k" if row.images else "none",
     )  # fmt: skip
@@ -150,7 +152,7 @@ def short_table(base: str) -> str:
     rows.sort(key=lambda row: (row.name not in teachers(), -round(row.macs / whole, 1), row.fd))
     head = "| method | MACs | FD-glyph ↓ | readability ↑ | SSIM to teacher ↑ | times faster |"
     caption = _caption(rows[0].runs[0]) + (
-        f" Training: {max(row.images for row in rows) // 1000} k pictures each. ±: largest deviation of two or three seeds."
+        f" Training: {max(row.images for row in rows) // 1000} k pictures each. {_SEEDS}"
         " Times faster: one step of 16 pictures, measured, each model in the fastest of eager, channels-last and compiled"
         " PyTorch, see docs/speed.md."
     )
@@ -158,11 +160,9 @@ def short_table(base: str) -> str:
 
 
 def _short_row(row: Row, whole: int) -> str:
-    values = [run["scores"]["fd_glyph"] for run in row.runs]
-    deviation = max(abs(value - row.fd) for value in values)
     cells = (
-        row.recipe.method, f"{row.macs / whole:.0%}", f"{row.fd:.2f}" + (f" ± {deviation:.2f}" if len(values) > 1 else ""),
-        f"{row.mean('readability'):.1%}", _ssim(row), f"{row.speedup:.2f}" if row.speedup else "",
+        row.recipe.method, f"{row.macs / whole:.0%}", row.fd_text, f"{row.mean('readability'):.1%}", _ssim(row),
+        f"{row.speedup:.2f}" if row.speedup else "",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

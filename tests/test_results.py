@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -75,8 +76,33 @@ def test_results_of_other_protocols_are_not_mixed(runs):
         results.load("short", BASE)
 
 
+def test_scores_are_told_apart_by_a_t_test_with_the_spread_of_all_seeds(runs):
+    for seed, fd in enumerate((8.0, 9.0)):
+        runs(f"{BASE}-short-diffpruned", fd, seed, 520)
+    a, b = np.log([2.9, 3.0, 3.2]), np.log([8.0, 9.0])
+    deviation = np.sqrt((((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum()) / 3)
+    found = claims.chance()
+    assert (found.deviation, found.freedom) == (pytest.approx(deviation), 3)
+    one, three = claims.Score(3.0), claims.Score(3.0, 3)
+    for runs_of_each, mine in (((1, 1), one), ((3, 1), three)):
+        reach = 3.1824 * deviation * np.sqrt(sum(1 / n for n in runs_of_each))  # 95 % of Student's t lies within it
+        assert found.reach(*runs_of_each) == pytest.approx(reach, rel=1e-4)
+        for sign in (1, -1):
+            assert found.compare(mine, claims.Score(3.0 * np.exp(0.99 * sign * reach))) == 0
+            assert found.compare(mine, claims.Score(3.0 * np.exp(1.01 * sign * reach))) == -sign
+    between = claims._between(claims.Score(2.0, 3), claims.Score(8.0), 0.5)
+    assert between.fd == pytest.approx(4.0) and 1 / between.runs == pytest.approx((1 / 3 + 1) / 4)
+
+
+def test_without_seeds_nothing_is_told_apart(store):
+    for end in ("", "-2x4", "-short-teacher", "-short-2x4", "-short-2x4-progressive", "-more"):
+        store(BASE + end, 2.0)
+    assert "how large chance is: no method has several seeds" in claims.table((BASE,))
+    verdict = dict(zip([claim for _, claim, _ in claims.CLAIMS], claims.verdicts(BASE), strict=True))
+    assert verdict["a fixed 2:4 beats progressive patterns"] == claims.Verdict(claims.OPEN, "not run (several seeds of a method)")
+
+
 def test_verdicts_take_the_seeds_into_account(runs):
-    assert claims.noise() == pytest.approx(0.3 / 3.0333, rel=1e-3)
     verdict = dict(zip([claim for _, claim, _ in claims.CLAIMS], claims.verdicts(BASE), strict=True))
     helps = verdict["the teacher's term helps"]
     assert helps.word == claims.OPEN and helps.figures.endswith("3.20 (2:4, SR-STE without teacher); teacher's loss alone 4.50")

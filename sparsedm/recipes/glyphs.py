@@ -54,12 +54,13 @@ def recipes() -> dict[str, Recipe]:
 def _headline(base: str, backbone: str, model: tuple[type, dict], teach: dict, tune: dict, half: float) -> dict[str, Recipe]:
     """The teacher, and its students at half the MACs, trained long."""
     pruned = {"ratio": half, "round_to": 4, "score": "squared", "threshold": 0.05}
+    student = {"train": tune, "bundle": True, "seeds": 3}
     return {
         base: Recipe("headline", backbone, "teacher", model=model, schedule=_SCHEDULE, train=teach, bundle=True),
-        f"{base}-more": Recipe("headline", backbone, "dense, same extra training", base, train=tune),
+        f"{base}-more": Recipe("headline", backbone, "dense, same extra training", base, train=tune, seeds=3),
         f"{base}-2x4-oneshot": Recipe("headline", backbone, "2:4, one-shot", base, pattern="2:4"),
-        f"{base}-2x4": Recipe("headline", backbone, "2:4, SparseDM", base, pattern="2:4", distil=True, train=tune, bundle=True),
-        f"{base}-diffpruned": Recipe("headline", backbone, "Diff-Pruning", base, prune=pruned, train=tune, bundle=True),
+        f"{base}-2x4": Recipe("headline", backbone, "2:4, SparseDM", base, pattern="2:4", distil=True, **student),
+        f"{base}-diffpruned": Recipe("headline", backbone, "Diff-Pruning", base, prune=pruned, **student),
     }
 
 
@@ -94,7 +95,7 @@ def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, fl
     schedule = {**train, "pattern_schedule": progressive}
     add("2x4-progressive", "2:4, SparseDM, progressive", pattern="2:4", distil=True, train=schedule)
     teacher_only = {**train, "noise_weight": 0.0, "teacher_weight": 1.0}
-    add("2x4-teacher-only", "2:4, teacher's loss only", pattern="2:4", distil=True, train=teacher_only)
+    add("2x4-teacher-only", "2:4, teacher's loss only", 3, pattern="2:4", distil=True, train=teacher_only)
     add("1x4", "1:4, SparseDM", pattern="1:4", distil=True)
     add("diffpruned-quarter", f"Diff-Pruning, ratio {most:g}", prune=pruned(most))
     add("diffpruned-2x4", "Diff-Pruning, then 2:4, SparseDM", pattern="2:4", distil=True, prune=pruned())
