@@ -108,8 +108,8 @@ def test_channels_are_sorted_and_the_pruned_ones_pale():
     figure = plots.channels({"a": torch.tensor([1.0, 4.0, 2.0, 3.0]), "b": torch.tensor([1.0, 2.0])}, {"a": {1, 2}, "b": {0, 1}})
     bars = figure.axes[0].patches
     assert [bar.get_height() for bar in bars] == [4, 3, 2, 1]
-    assert colours(bars) == [plots.SPARSE_INK, plots.PRUNED, plots.SPARSE_INK, plots.PRUNED]
-    assert colours(figure.axes[1].patches) == [plots.SPARSE_INK] * 2
+    assert colours(bars) == [plots.PRUNED_INK, plots.PRUNED, plots.PRUNED_INK, plots.PRUNED]
+    assert colours(figure.axes[1].patches) == [plots.PRUNED_INK] * 2
 
 
 def test_a_matrix_shows_its_shares():

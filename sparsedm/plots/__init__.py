@@ -1,6 +1,6 @@
 """Every picture and figure that notebooks, app and README show."""
 
-from .base import INK, PAPER, PRUNED, SPARSE_INK
+from .base import INK, PAPER, PRUNED, PRUNED_INK, SPARSE_INK
 from .charts import bars, curves, lines, live, matrix, ratios
 from .masks import group_counts, groups
 from .pictures import picture, rows, strips, word_card
@@ -9,7 +9,7 @@ from .quality import FAMILIES, speed, tradeoff, training
 from .widgets import explorer, group_explorer
 
 __all__ = [
-    "FAMILIES", "INK", "PAPER", "PRUNED", "SPARSE_INK",
+    "FAMILIES", "INK", "PAPER", "PRUNED", "PRUNED_INK", "SPARSE_INK",
     "bars", "channels", "curves", "explorer", "group_counts", "group_explorer", "groups", "lines", "live", "matrix", "picture",
     "ratios", "rows", "speed", "strips", "timesteps", "tradeoff", "training", "word_card",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from .base import INK, PRUNED, SPARSE_INK, figure, open_frame
+from .base import INK, PRUNED, PRUNED_INK, figure, open_frame
 
 
 def timesteps(losses: Sequence[float], thresholds: Sequence[float]):
@@ -32,11 +32,11 @@ def channels(scores: Mapping[str, torch.Tensor], kept: Mapping[str, Sequence[int
     plot, axes = figure(2.7 * len(scores), 2.6, 1, len(scores), squeeze=False)
     for ax, (name, values) in zip(axes[0], scores.items(), strict=True):
         order = values.argsort(descending=True).tolist()
-        colors = [SPARSE_INK if channel in set(kept[name]) else PRUNED for channel in order]
+        colors = [PRUNED_INK if channel in set(kept[name]) else PRUNED for channel in order]
         ax.bar(range(len(order)), values[order], color=colors, width=1.0)
         ax.set_title(name, fontsize=8)
         ax.set(xlabel="channel, by score", yscale="log")
     open_frame(*axes[0])
     axes[0, 0].set_ylabel("importance")
-    axes[0, -1].legend(handles=[Patch(color=SPARSE_INK, label="kept"), Patch(color=PRUNED, label="pruned")], frameon=False)
+    axes[0, -1].legend(handles=[Patch(color=PRUNED_INK, label="kept"), Patch(color=PRUNED, label="pruned")], frameon=False)
     return plot
