@@ -26,15 +26,16 @@ CONVOLUTION = ((128, 128, 3, 32), (256, 256, 3, 16), (256, 256, 3, 8), (256, 256
 TOKENS, IMAGES = 1028, 4
 
 
-def machine() -> dict:
+def machine(device: str | torch.device = "cpu") -> dict:
     """What the times depend on."""
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {}
     return {"machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
-            "threads": torch.get_num_threads()}  # fmt: skip
+            "threads": torch.get_num_threads(), **gpu}  # fmt: skip
 
 
-def all_threads() -> tuple[int, ...]:
-    """One thread, and as many as torch takes by default."""
-    return tuple(sorted({1, torch.get_num_threads()}))
+def all_threads(device: str | torch.device = "cpu") -> tuple[int, ...]:
+    """One thread, and as many as torch takes by default; these alone if another device computes."""
+    return tuple(sorted({1 if torch.device(device).type == "cpu" else torch.get_num_threads(), torch.get_num_threads()}))
 
 
 def measure_layers(
@@ -43,14 +44,19 @@ def measure_layers(
     rounds: int = 21,
     shapes: Sequence[tuple[int, ...]] = LINEAR + CONVOLUTION,
     tokens: int = TOKENS,
+    device: str | torch.device = "cpu",
 ) -> Iterator[dict]:
     """Times of single 2:4 layers with random weights, one row each; `tokens` are those of the linear ones.
 
+    On GPUs, for which torch has few sparse kernels, layers that none of them serves are left out.
+
     Raises:
-        ValueError: no kernel serves a layer on this machine (`kernels.why_not` says so beforehand).
+        ValueError: no kernel serves a layer on this CPU (`kernels.why_not` says so beforehand).
     """
-    for count, name in itertools.product(threads or all_threads(), dtypes):
-        for layer, x in _layers(getattr(torch, name), shapes, tokens):
+    for count, name in itertools.product(threads or all_threads(device), dtypes):
+        for layer, x in _layers(torch.device(device), getattr(torch, name), shapes, tokens):
+            if x.is_cuda and packed.why_not(layer, nm.NMPattern.parse("2:4")):
+                continue
             with with_threads(count):
                 packed_layer = packed.packed_layer(layer, "2:4")
                 variants = {**_dense_variants(layer, lambda model, x=x: model(x)), "packed": packed_layer}
@@ -58,7 +64,9 @@ def measure_layers(
             yield {"what": _title(layer, x), "threads": count, "dtype": name, **row}
 
 
-def _layers(dtype: torch.dtype, shapes: Sequence[tuple[int, ...]], tokens: int) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+def _layers(
+    device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]], tokens: int
+) -> Iterator[tuple[nn.Module, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     for inputs, outputs, *spatial in shapes:
         if spatial:
@@ -66,7 +74,7 @@ def _layers(dtype: torch.dtype, shapes: Sequence[tuple[int, ...]], tokens: int) 
             layer, shape = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), (IMAGES, inputs, size, size)
         else:
             layer, shape = nn.Linear(inputs, outputs), (tokens, inputs)
-        yield _sparse(layer).to(dtype), torch.randn(shape, generator=generator).to(dtype)
+        yield _sparse(layer).to(device, dtype), torch.randn(shape, generator=generator).to(device, dtype)
 
 
 def _sparse(layer: nn.Module) -> nn.Module:
@@ -89,16 +97,17 @@ def measure_steps(
     threads: Sequence[int] = (),
     compiled: bool = True,
     rounds: int = 15,
+    device: str | torch.device = "cpu",
 ) -> Iterator[dict]:
     """Times of one sampling step, one row per model, batch, dtype and number of threads.
 
     Bundled models are compared with their 2:4 student, and with the pruned one; the papers' configurations get random weights,
     one-shot masked, which take the same time.
     """
-    for name, dtype, count, batch in itertools.product(models, dtypes, threads or all_threads(), batches):
+    for name, dtype, count, batch in itertools.product(models, dtypes, threads or all_threads(device), batches):
         with with_threads(count):
-            dense, fast = pair(name, getattr(torch, dtype), batch)
-            pruned = _pruned(name, getattr(torch, dtype))
+            dense, fast = pair(name, getattr(torch, dtype), batch, device)
+            pruned = _pruned(name, getattr(torch, dtype), device)
             step = compare(f"{name}, batch {batch}", {"dense": dense, "packed": fast, **pruned}, batch, compiled, rounds)
             torch.compiler.reset()
         yield {"threads": count, "dtype": dtype, **step}
@@ -111,6 +120,7 @@ def measure_methods(
     dtypes: Sequence[str] = ("float32",),
     threads: Sequence[int] = (),
     rounds: int = 15,
+    device: str | torch.device = "cpu",
 ) -> Iterator[dict]:
     """Times of one sampling step of models made by recipes, in `runs`/name/model, against their teacher's; one row each.
 
@@ -125,8 +135,8 @@ def measure_methods(
         if not folder.is_dir():
             raise ValueError(f"{folder} is not there; make it with: python -m sparsedm reproduce {name} --out {runs}")
         with with_threads(count):
-            dense = _as(zoo.load(recipe(name).base), getattr(torch, dtype))
-            fast = _as(zoo.load(folder), getattr(torch, dtype))
+            dense = _as(zoo.load(recipe(name).base), getattr(torch, dtype), device)
+            fast = _as(zoo.load(folder), getattr(torch, dtype), device)
             fast = packed.pack(fast, batch=batch) if recipe(name).pattern else fast
             step = compare(f"{name}, batch {batch}", {"dense": dense, "packed": fast}, batch, True, rounds)
             torch.compiler.reset()
@@ -147,22 +157,22 @@ def compare(what: str, models: Mapping[str, nn.Module], batch: int, compiled: bo
     return {"what": what, **row, "macs_skipped": skipped, "weight_bytes": _bytes(fast) / _bytes(dense)}
 
 
-def _pruned(name: str, dtype: torch.dtype) -> dict[str, nn.Module]:
-    return {"pruned": _as(zoo.load(f"{name}-diffpruned"), dtype)} if f"{name}-diffpruned" in zoo.bundled() else {}
+def _pruned(name: str, dtype: torch.dtype, device: str | torch.device) -> dict[str, nn.Module]:
+    return {"pruned": _as(zoo.load(f"{name}-diffpruned"), dtype, device)} if f"{name}-diffpruned" in zoo.bundled() else {}
 
 
-def pair(name: str, dtype: torch.dtype, batch: int) -> tuple[nn.Module, nn.Module]:
+def pair(name: str, dtype: torch.dtype, batch: int, device: str | torch.device = "cpu") -> tuple[nn.Module, nn.Module]:
     """A bundled or a paper's model or a model folder, dense and packed: as its N:M student, as it is, or masked 2:4."""
-    dense = _as(zoo.build(name) if name in zoo.PAPER_MODELS else zoo.load(name), dtype)
-    sparse = _as(zoo.load(f"{name}-2x4"), dtype) if f"{name}-2x4" in zoo.bundled() else copy.deepcopy(dense)
+    dense = _as(zoo.build(name) if name in zoo.PAPER_MODELS else zoo.load(name), dtype, device)
+    sparse = _as(zoo.load(f"{name}-2x4"), dtype, device) if f"{name}-2x4" in zoo.bundled() else copy.deepcopy(dense)
     if not layers.patterns(sparse):
         layers.fold(layers.sparsify(sparse, "2:4"))
     return dense, packed.pack(sparse, batch=batch)
 
 
-def _as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in `dtype`, without the warning that diffusers' own `to` gives."""
-    return nn.Module.to(model, dtype)
+def _as(model: nn.Module, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
+    """The model in `dtype` on `device`, without the warning that diffusers' own `to` gives."""
+    return nn.Module.to(model, device, dtype)
 
 
 def randomised(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -174,8 +184,10 @@ ONEDNN = "dense, oneDNN"
 
 
 def _dense_variants(model: nn.Module, call: Callable[[nn.Module], object]) -> dict[str, nn.Module]:
-    variants = _formats("dense", model)
-    converted = mkldnn.to_mkldnn(copy.deepcopy(model), next(model.parameters()).dtype)
+    variants, first = _formats("dense", model), next(model.parameters())
+    if first.device.type != "cpu":
+        return variants
+    converted = mkldnn.to_mkldnn(copy.deepcopy(model), first.dtype)
     with contextlib.suppress(RuntimeError, AttributeError), torch.no_grad():  # a model that looks at its layers' weights
         call(converted)
         variants[ONEDNN] = converted

@@ -36,6 +36,11 @@ def test_info_shows_layers_patterns_and_macs():
         (("info", "nothing"), "error: unknown model 'nothing'; bundled: glyph-classifier, glyphs-"),
         (("reproduce", "nothing"), "error: unknown recipe 'nothing'; `python -m sparsedm reproduce list` shows"),
         (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: step, layers, methods, shares"),
+        (("bench", "--device", "abacus"), "error: device 'abacus' is not there: "),
+        (
+            ("bench", "--what", "masks", "--device", "meta"),
+            "error: masks is measured on the CPU, not on meta; leave out --device",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_code_1(arguments, message):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sparsedm
-from sparsedm import dryrun, layers, macs, nm, packed, semi_structured
+from sparsedm import dryrun, layers, macs, nm, packed, semi_structured, speed
 
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -89,3 +89,12 @@ def test_a_model_on_the_gpu_packs_runs_and_unpacks(dtype):
     expected = student(**inputs).sample
     assert (fast(**inputs).sample - expected).abs().max() < 0.03 * expected.abs().max()
     assert all(torch.equal(v, sparsedm.unpack(fast).state_dict()[k]) for k, v in student.state_dict().items())
+
+
+@pytest.mark.skipif(not GPU, reason="no NVIDIA GPU of compute capability 8.0")
+def test_gpu_benchmarks_have_the_layers_that_have_kernels():
+    linear, one_by_one, larger = speed.LINEAR[0], (64, 64, 1, 8), (64, 64, 3, 8)
+    rows = speed.measure_layers(("bfloat16",), rounds=2, shapes=(linear, one_by_one, larger), tokens=1024, device="cuda")
+    assert [row["what"].split(",")[0] for row in rows] == ["linear 512x2048", "conv 1x1 64x64"]
+    (step,) = speed.measure_steps(("uvit-s2-cifar10",), (2,), ("bfloat16",), compiled=False, rounds=2, device="cuda")
+    assert step["speedup"] > 0 and step["speedup_over_onednn"] is None and "gpu" in speed.machine("cuda")

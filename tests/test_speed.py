@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import sparsedm
 from sparsedm import blocks, kernels, speed
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler for the packed kernels")
@@ -24,6 +25,16 @@ def test_whoever_takes_the_rows_keeps_his_own_number_of_threads():
     for _ in speed.measure_steps(("glyphs-unet",), (1,), threads=(before + 1,), compiled=False, rounds=1):
         seen.append(torch.get_num_threads())
     assert seen == [before] * 3
+
+
+def test_another_device_computes_and_onednn_is_left_out():
+    shapes = (("float32",), (1,), 1)
+    with pytest.raises(ValueError, match="no packed kernel on meta"):
+        list(speed.measure_layers(*shapes, shapes=((16, 32),), device="meta"))
+    models = {name: speed._as(sparsedm.load("glyphs-uvit"), torch.float32, "meta") for name in ("dense", "packed")}
+    row = speed.compare("step", models, batch=1, compiled=False, rounds=1)
+    assert {"dense", "packed"} < set(row["ms"]) and speed.ONEDNN not in row["ms"] and row["speedup_over_onednn"] is None
+    assert speed.all_threads("meta") == (torch.get_num_threads(),)
 
 
 def test_the_grid_has_a_row_for_each_patch_size_and_mlp_ratio():

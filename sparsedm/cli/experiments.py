@@ -113,8 +113,14 @@ def bench(
         str, typer.Option(help="For step and shares: bundled models, model folders or the papers' configurations.")
     ] = "glyphs-uvit,glyphs-unet",
     batches: Annotated[str, typer.Option(help="For step: pictures at a time.")] = "1,4,16",
-    dtypes: Annotated[str, typer.Option(help="For all but train-step and masks: float32, bfloat16.")] = "float32",
+    dtypes: Annotated[
+        str,
+        typer.Option(help="For all but train-step and masks: float32, bfloat16, float16; float32 by default, bfloat16 on GPUs."),
+    ] = "",
     threads: Annotated[str, typer.Option(help="Numbers of threads; one and all by default (all for methods and shares).")] = "",
+    device: Annotated[
+        str, typer.Option(help="For step, layers and methods: cpu, cuda, cuda:1; the others measure the CPU.")
+    ] = "cpu",
     compile: Annotated[bool, typer.Option(help="For step: torch.compile both sides, too.")] = True,
     runs: Annotated[Path, typer.Option(help="For methods: the folder that reproduce wrote.")] = Path("runs"),
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file, and draw them beside it.")] = None,
@@ -124,14 +130,18 @@ def bench(
     from sparsedm import bench as training
     from sparsedm import results, shares, speed
 
-    names, kinds, counts = models.split(","), dtypes.split(","), [int(n) for n in threads.split(",") if n]
+    place = on(device)
+    kinds = (dtypes or ("float32" if place.type == "cpu" else "bfloat16")).split(",")
+    names, counts = models.split(","), [int(n) for n in threads.split(",") if n]
     if what == "layers":
-        rows = speed.measure_layers(kinds, counts)
+        rows = speed.measure_layers(kinds, counts, device=place)
     elif what == "step":
-        rows = speed.measure_steps(names, [int(n) for n in batches.split(",")], kinds, counts, compile)
+        rows = speed.measure_steps(names, [int(n) for n in batches.split(",")], kinds, counts, compile, device=place)
     elif what == "methods":
         made = [name for name in results.timed_recipes() if (runs / name / "model").is_dir()]
-        rows = speed.measure_methods(runs, made, dtypes=kinds, threads=counts)
+        rows = speed.measure_methods(runs, made, dtypes=kinds, threads=counts, device=place)
+    elif what in ("shares", "train-step", "masks") and place.type != "cpu":
+        raise ValueError(f"{what} is measured on the CPU, not on {place}; leave out --device")
     elif what == "shares":
         rows = shares.measure(names, dtypes=kinds, threads=counts)
     elif what in ("train-step", "masks"):
@@ -140,7 +150,7 @@ def bench(
     else:
         raise ValueError(f"unknown benchmark {what!r}; known: step, layers, methods, shares, train-step, masks")
     if rows is not None:
-        result = {**speed.machine(), "rows": []}
+        result = {**speed.machine(place), "rows": []}
         for row in rows:
             result["rows"].append(row)
             if not json:
