@@ -1,6 +1,5 @@
 """The packed kernels through their operators and layers: right for any shape, layout and thread, and never out of bounds."""
 
-import contextlib
 import copy
 import os
 import pickle
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from sparsedm import kernels, nm, packed
+from sparsedm import kernels, nm, packed, speed
 from sparsedm.kernels import build
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler for the packed kernels")
@@ -73,16 +72,6 @@ def assert_same(layer: nn.Module, x: torch.Tensor, pattern: str = "2:4", result:
     tolerance = KINDS[x.dtype].tolerance
     assert result.dtype == x.dtype
     torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance * scale)
-
-
-@contextlib.contextmanager
-def using_threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _strided(x: torch.Tensor) -> torch.Tensor:
@@ -175,14 +164,14 @@ def _channels(draw, pattern: str, positions: int, most: int) -> int:
 @examples
 @given(case=linear_cases(), threads=THREADS)
 def test_linear_equals_the_folded_layer(case, threads):
-    with using_threads(threads):
+    with speed.with_threads(threads):
         assert_same(*case.make(), case.pattern)
 
 
 @examples
 @given(case=convolution_cases(), threads=THREADS)
 def test_convolution_equals_the_folded_layer(case, threads):
-    with using_threads(threads):
+    with speed.with_threads(threads):
         assert_same(*case.make(), case.pattern)
 
 
@@ -311,7 +300,7 @@ def test_results_are_the_same_bits_with_any_number_of_threads(case):
     layer, x = case.make()
     m, results = pack(layer, case.pattern), []
     for threads in (1, 2, 3):
-        with using_threads(threads):
+        with speed.with_threads(threads):
             results.append(m(x))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
