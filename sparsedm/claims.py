@@ -168,7 +168,9 @@ def _equal_time(found: Evidence) -> Verdict:
         return Verdict(OPEN, f"no pruned model is as fast ({time:.2f} of the dense time)")
     word = {-1: HOLDS, 0: OPEN, 1: FAILS}[found.chance.compare(Score.of(row), rival)]
     figures = f"{row.fd:.2f} against {rival.fd:.2f} at {time:.0%} of the dense time"
-    return Verdict(word, f"{figures} ({gentle.fd:.2f} if the dense model counts at lr 3e-4)")
+    if gentle != rival:  # the dense model is one of the two neighbours
+        figures += f" ({gentle.fd:.2f} if the dense model counts at lr 3e-4)"
+    return Verdict(word, figures)
 
 
 def _rival(found: Evidence, dense: str, time: float) -> Score | None:

@@ -193,8 +193,10 @@ def why_not(module: nn.Module, pattern: NMPattern) -> str:
         return semi_structured.why_not(module, pattern)
     if weight.device.type != "cpu":
         return f"no packed kernel on {weight.device.type}"
-    if pattern.m != 4 or weight.shape[1] % 4:
-        return f"no packed kernel for {pattern} with {weight.shape[1]} inputs"
+    if pattern.m != 4:
+        return f"no packed kernel for {pattern}, only for 1:4, 2:4 and 3:4"
+    if weight.shape[1] % 4:
+        return f"packed kernels need a multiple of 4 inputs, not {weight.shape[1]}"
     if isinstance(module, nn.Conv2d) and not _plain_convolution(module):
         return "no packed kernel for grouped, dilated, padded or strided in other ways than zeros and one number"
     compute = torch.float32 if weight.dtype == torch.float16 else weight.dtype
