@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from sparsedm import diffpruning, nm, plots
@@ -206,3 +207,17 @@ def test_what_is_off_the_scale_stands_at_its_edge_with_its_number():
     assert [text.get_text() for text in axes.texts] == ["a", "b", "c: 99"]
     assert max(y for drawn in axes.collections for _, y in drawn.get_offsets()) == 20
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["dense", "N:M"]
+
+
+def test_names_of_points_that_crowd_cover_neither_each_other_nor_a_point():
+    crowd = [(f"method {i}", "N:M", 0.5, 3.0 + 0.05 * i) for i in range(8)] + [
+        (f"other {i}", "dense", 0.55, 3.1) for i in range(3)
+    ]
+    axes = plots.tradeoff([*crowd, ("far", "pruned", 1.0, 30.0)], xlabel="cost").axes[0]
+    axes.figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # of the text alone, without its line
+    dots = [axes.transData.transform(place) for drawn in axes.collections for place in drawn.get_offsets()]
+    assert len(boxes) == len(dots) == 12
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(box.contains(*dot) for box in boxes for dot in dots)
+    assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
