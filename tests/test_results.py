@@ -131,6 +131,14 @@ def test_equal_time_is_between_two_widths(runs, tmp_path):
     assert verdict.word == claims.OPEN
 
 
+@pytest.mark.parametrize(
+    "table", [results.headline_table, claims.table, *(lambda b=b: results.short_table(b) for b in results.bases())]
+)
+def test_rows_of_stored_tables_have_as_many_cells_as_their_head(table):
+    counts = {line.count("|") for line in table().splitlines() if line.startswith("|")}
+    assert len(counts) == 1 and counts.pop() > 4
+
+
 def test_figures_are_drawn(runs, tmp_path):
     timed(tmp_path, **{"2x4": 1.5, "diffpruned": 2.0})
     for key in ("teacher", "2x4", "diffpruned"):

@@ -105,5 +105,5 @@ def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, fl
         add(f"{n}x{m}", f"{n}:{m}, SparseDM", pattern=f"{n}:{m}", distil=True)
     for threshold in (0.02, 0.2):
         add(f"threshold-{threshold:g}", f"Diff-Pruning, threshold {threshold:g}", prune=pruned(threshold=threshold))
-    add("absolute", "Diff-Pruning, score |w g|", prune=pruned(score="absolute"))
+    add("absolute", "Diff-Pruning, absolute score", prune=pruned(score="absolute"))
     return found
