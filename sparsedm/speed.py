@@ -35,7 +35,8 @@ def machine(device: str | torch.device = "cpu") -> dict:
 
 def all_threads(device: str | torch.device = "cpu") -> tuple[int, ...]:
     """One thread, and as many as torch takes by default; these alone if another device computes."""
-    return tuple(sorted({1 if torch.device(device).type == "cpu" else torch.get_num_threads(), torch.get_num_threads()}))
+    most = torch.get_num_threads()
+    return (1, most) if most > 1 and torch.device(device).type == "cpu" else (most,)
 
 
 def measure_layers(
