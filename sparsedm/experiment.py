@@ -7,6 +7,7 @@ Several processes share training and sampling; the main one writes and scores.
 
 import copy
 import datetime
+import hashlib
 import json
 import platform
 import subprocess
@@ -23,6 +24,7 @@ from . import data, denoisers, diffpruning, distill, evaluation, layers, macs, m
 from .evaluation import Progress
 from .files import replacing
 from .models import classifier, zoo
+from .models.uvit import UViTModel
 from .recipes import CLASSIFIER, Protocol, Recipe, recipe, run_name
 from .results import RESULTS, card
 from .runlog import RunLog, read
@@ -225,12 +227,17 @@ def _pruned(model: nn.Module, chosen: Recipe, folder: Path, seed: int) -> Iterat
     torch.manual_seed(seed)
     fresh = type(model).from_config({k: v for k, v in model.config.items() if k != "noise_schedule"})
     fresh.register_to_config(noise_schedule=model.config.noise_schedule)
-    return structure.apply(fresh, pruned.config.pruning)
+    fresh = structure.apply(fresh, pruned.config.pruning)
+    if not isinstance(fresh, UViTModel):  # which draws all weights alike; others by their layers' widths, now fewer
+        for module in fresh.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    return fresh
 
 
 def _importance(model: nn.Module, dataset: str, threshold: float, seed: int, folder: Path) -> Iterator[Progress]:
-    """Give the model the gradients of Diff-Pruning's importance; they are kept in `folder` for the next recipe."""
-    path = folder / f"importance-{threshold:g}-{seed}.safetensors"
+    """Give the model the gradients of Diff-Pruning's importance; kept in `folder` for other recipes of these weights."""
+    path = folder / f"importance-{threshold:g}-{seed}-{_fingerprint(model)}.safetensors"
     if processes.is_main() and not path.exists():
         pictures = data.load(dataset, n=IMPORTANCE_PICTURES, size=denoisers.picture_size(model))
         images, labels = data.stack(pictures, IMPORTANCE_PICTURES)
@@ -243,6 +250,13 @@ def _importance(model: nn.Module, dataset: str, threshold: float, seed: int, fol
     gradients = load_file(path, device=str(model.device))
     for name, parameter in model.named_parameters():
         parameter.grad = gradients.get(name)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:8]
 
 
 def _check_pattern(model: nn.Module, chosen: Recipe) -> None:

@@ -98,6 +98,10 @@ def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, fl
     add("2x4-oneshot", "2:4, one-shot", pattern="2:4", train={})
     schedule = {**train, "pattern_schedule": progressive}
     add("2x4-progressive", "2:4, SparseDM, progressive", pattern="2:4", distil=True, train=schedule)
+    constant = {**train, "lr_schedule": "constant_with_warmup"}  # the paper's: what comes last learns as much
+    add("2x4-constant", "2:4, SparseDM, constant rate", pattern="2:4", distil=True, train=constant)
+    constant = {**constant, "pattern_schedule": progressive}
+    add("2x4-progressive-constant", "2:4, SparseDM, progressive, constant rate", pattern="2:4", distil=True, train=constant)
     teacher_only = {**train, "noise_weight": 0.0, "teacher_weight": 1.0}
     add("2x4-teacher-only", "2:4, teacher's loss only", 3, pattern="2:4", distil=True, train=teacher_only)
     add("1x4", "1:4, SparseDM", pattern="1:4", distil=True)
