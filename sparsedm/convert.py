@@ -13,10 +13,10 @@ from diffusers import ModelMixin, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from . import dryrun, structure
+from . import structure
 from .models import zoo
 from .models.uvit import UViTModel
-from .statedict import State, count, fill, read, shape
+from .statedict import State, check_names, count, fill, read, shape
 
 HEAD_WIDTH = 64  # of U-ViT's official models, but for the Huge ones
 ATTENTION_SIDE = 16  # the DDIM code's models attend where the picture is 16x16
@@ -162,15 +162,15 @@ def diff_pruning(folder: str | Path, *, attention_scale: str | None = None) -> U
         raise ValueError(f"{part / zoo.CONFIG} names the class {config.get('_class_name')!r}, not 'UNet2DModel'")
     model = UNet2DModel.from_config(config)
     scales = {name: module.scale for name, module in model.named_modules() if isinstance(module, Attention)}
+    check_names(model, state, path)
     record = _widths(model, state)
     if record:
-        structure.apply(model, record)
+        try:
+            structure.apply(model, record)
+        except ValueError as error:
+            raise ValueError(f"{path}: its widths do not fit each other ({error})") from error
     _rescale(model, state, scales, attention_scale, path)
     fill(model, state, path)
-    try:
-        dryrun.positions(model)
-    except ValueError as error:
-        raise ValueError(f"{path}: its widths do not fit each other ({error.__cause__ or error})") from error
     schedule = zoo.pipeline_schedule(part)
     if schedule is not None:
         model.register_to_config(noise_schedule=schedule)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import dryrun, structure
+from . import dryrun, layers, structure
 from .denoisers import null_label
 from .diffusion import make_scheduler
+from .packed import is_packed
 from .structure import Group
 
 SCORES = ("squared", "absolute", "magnitude", "random")
@@ -100,13 +101,13 @@ def scores(model: nn.Module, group: Group, kind: str = "squared", generator: tor
         norm = isinstance(layer, (nn.GroupNorm, nn.LayerNorm))
         if isinstance(layer, nn.Embedding) or layer.weight is None or (norm and kind == "magnitude"):
             continue
-        weight = layer.weight.detach()
+        weight = layer.weight.detach().float()
         if kind == "magnitude":
             values = weight.square()
         elif layer.weight.grad is None:
             raise ValueError(f"{member.layer} has no gradient; run sparsedm.diffpruning.importance first")
         else:
-            products = weight * layer.weight.grad
+            products = weight * layer.weight.grad.float()
             values = products.square() if kind == "squared" and not norm else products.abs()
         if member.axis == "in":
             values = values.transpose(0, 1)
@@ -135,17 +136,21 @@ def prune(
         inputs: of one call, for models whose config does not tell their shapes.
 
     Raises:
-        ValueError: a ratio that leaves nothing of a layer (named), a model that cannot be traced, a score without gradients, or
-            a model that is pruned already.
+        ValueError: a ratio that leaves nothing of a layer (named), a model that cannot be traced or does not run without the
+            channels, a score without gradients, or a model that is pruned already, in sparse training or packed.
     """
     if not 0 < ratio < 1:
         raise ValueError(f"ratio {ratio} is not between 0 and 1")
-    if getattr(model.config, "pruning", None):
+    if round_to < 1:
+        raise ValueError(f"round_to {round_to} is not a positive number of channels")
+    if getattr(getattr(model, "config", None), "pruning", None):
         raise ValueError("the model is pruned already; prune the original with a higher ratio")
+    if any(layers.nm_layers(model)) or any(map(is_packed, model.modules())):
+        raise ValueError("the model is in sparse training or packed; prune the dense one, and sparsify what is left")
     found = structure.groups(model, inputs or dryrun.example_inputs(model))
     generator = torch.Generator().manual_seed(seed)
     kept = [(group, structure.keep(group, scores(model, group, score, generator), ratio, round_to)) for group in found]
     record = structure.record(model, kept)
     pruned = copy.deepcopy(model)
     pruned.zero_grad()
-    return structure.apply(pruned, record)
+    return structure.apply(pruned, record, inputs)

@@ -44,7 +44,7 @@ def _call(model: nn.Module, inputs, note: Callable, observer: AbstractContextMan
     """Call a meta copy of the model, with `note(name, module, input, output)` after each layer."""
     guessed = not inputs
     inputs = each(lambda x: x.to("meta"), inputs or example_inputs(model))
-    shadow = _meta_copy(model)
+    shadow = meta_copy(model)
     for name, module in shadow.named_modules():
         if isinstance(module, WEIGHTED) or hasattr(module, "weight_shape"):
             module.register_forward_hook(lambda module, args, output, name=name: note(name, module, args[0], output))
@@ -62,7 +62,7 @@ def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
     return layer.weight_shape if hasattr(layer, "weight_shape") else layer.weight.shape
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """A copy without storage; sparse-training layers become plain ones of the same shape."""
     memo = {}
     for tensor in [*model.parameters(), *model.buffers()]:

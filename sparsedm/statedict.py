@@ -95,24 +95,31 @@ def count(state: State, pattern: str) -> int:
     return max((int(match[1]) + 1 for match in map(re.compile(pattern).match, state) if match), default=0)
 
 
+def check_names(model: ModelMixin, state: State, path: str | Path, official: Callable[[str], str] = str) -> None:
+    """Raise ValueError, naming it, for a tensor of the model that `state` lacks, or one of `state` that the model does not have."""
+    names = dict.fromkeys(map(official, model.state_dict()))
+    for name in names:
+        if name not in state:
+            raise ValueError(f"{path}: {name} is missing")
+    unexpected = [name for name in state if name not in names]
+    if unexpected:
+        raise ValueError(f"{path}: {', '.join(unexpected[:3])} is not of {type(model).__name__}")
+
+
 def fill(model: ModelMixin, state: State, path: str | Path, official: Callable[[str], str] = str) -> ModelMixin:
     """Load `state`, in which the tensors are called `official(name)`, into `model`; 1x1 convolutions may become linear.
 
     Raises:
         ValueError: a tensor that is missing, unexpected or of another shape, by the name it has in the file.
     """
-    taken, rest = {}, dict(state)
+    check_names(model, state, path, official)
+    taken = {}
     for name, value in model.state_dict().items():
-        theirs = official(name)
-        if theirs not in rest:
-            raise ValueError(f"{path}: {theirs} is missing")
-        tensor = rest.pop(theirs)
+        tensor = state[official(name)]
         if tensor.shape == (*value.shape, 1, 1):
             tensor = tensor.flatten(1)
         if tensor.shape != value.shape:
-            raise ValueError(f"{path}: {theirs} has shape {list(tensor.shape)}, not {list(value.shape)}")
+            raise ValueError(f"{path}: {official(name)} has shape {list(tensor.shape)}, not {list(value.shape)}")
         taken[name] = tensor
-    if rest:
-        raise ValueError(f"{path}: {', '.join(list(rest)[:3])} is not of {type(model).__name__}")
     model.load_state_dict(taken)
     return model.eval()

@@ -6,6 +6,7 @@ heads of each attention. The record, {layer: {"out": "0-3,6", "in": ...}}, is pl
 that stay, as runs.
 """
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from . import dryrun
 from .models.uvit import Attention, UViTModel
 
 Record = dict[str, dict[str, str]]
@@ -54,8 +56,11 @@ def groups(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[Group]:
     """The groups of `model` whose channels can be removed without changing the shape of its output.
 
     Raises:
-        ValueError: torch-pruning cannot trace the model.
+        ValueError: a model of another kind than these two, or one that torch-pruning cannot trace.
     """
+    if not isinstance(model, UViTModel) and not isinstance(getattr(model, "conv_out", None), nn.Conv2d):
+        known = "U-ViT, and UNets of diffusers, whose output comes from a convolution `conv_out`"
+        raise ValueError(f"Diff-Pruning knows {known}; {type(model).__name__} is neither")
     return _uvit_groups(model) if isinstance(model, UViTModel) else _traced_groups(model, inputs)
 
 
@@ -78,6 +83,7 @@ def _uvit_groups(model: UViTModel) -> list[Group]:
 def _traced_groups(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[Group]:
     import torch_pruning as tp
 
+    model = copy.deepcopy(model)  # tracing sets it to eval mode, and leaves its hooks behind when it fails
     names = {module: name for name, module in model.named_modules()}
     try:
         with torch.enable_grad():  # it follows the autograd graph
@@ -182,15 +188,30 @@ def _size(layer: nn.Module, axis: str) -> int:
     return layer.weight.shape[0 if axis == "out" else 1]
 
 
-def apply(model: nn.Module, record: Record) -> nn.Module:
+def apply(model: nn.Module, record: Record, inputs: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
     """Cut `model` down to the channels in `record`, in place, and note the record in its config; returns the model.
 
+    Args:
+        inputs: of one call, for models whose config does not tell their shapes.
+
     Raises:
-        ValueError: the record names a layer or a channel that the model does not have; the model is untouched then.
+        ValueError: the record names a layer or a channel that the model does not have, or the layers that it leaves do not go
+            together; the model is untouched then.
     """
     layers = dict(model.named_modules())
     kept = {name: _parsed(layers.get(name), name, axes) for name, axes in record.items()}
     heads = {name: _heads(name, module, kept) for name, module in layers.items() if isinstance(module, Attention)}
+    trial = _shrunk(dryrun.meta_copy(model), kept, heads)
+    try:
+        dryrun.positions(trial, inputs)
+    except Exception as error:  # of any kind: whatever the model's forward says to widths that it does not expect
+        raise ValueError(f"{type(model).__name__} does not run with what is left of it: {error.__cause__ or error}") from error
+    _shrunk(model, kept, heads).register_to_config(pruning=record)
+    return model
+
+
+def _shrunk(model: nn.Module, kept: Mapping[str, dict[str, list[int]]], heads: Mapping[str, int]) -> nn.Module:
+    layers = dict(model.named_modules())
     for name, count in heads.items():
         layers[name].num_heads = count
     for name, axes in kept.items():
@@ -201,7 +222,6 @@ def apply(model: nn.Module, record: Record) -> nn.Module:
             module.scale = (module.inner_dim // module.heads) ** -0.5
         if isinstance(module, (Upsample2D, Downsample2D)) and getattr(module, "conv", None) is not None:
             module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
-    model.register_to_config(pruning=record)
     return model
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -30,7 +30,7 @@ def scored(name: str, timesteps: int = 3) -> nn.Module:
 def call(model: nn.Module) -> torch.Tensor:
     inputs = dryrun.example_inputs(model, 2)
     generator = torch.Generator().manual_seed(0)
-    inputs["sample"] = torch.randn(inputs["sample"].shape, generator=generator)
+    inputs["sample"] = torch.randn(inputs["sample"].shape, generator=generator).to(model.dtype)
     with torch.no_grad():
         return model(**inputs).sample
 
@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_names_the_timestep():
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", ["squared", "absolute"])
 def test_scores_are_those_of_zeroing_each_channels_weights(name, kind):
-    """Brute force: for every channel the weights that would go, found by cutting it out and looking which are missing."""
+    """Every weight that touches a channel counts once, squared or not, those of norms never squared."""
     model = scored(name)
     for group in structure.groups(model, dryrun.example_inputs(model))[:6]:
         found = diffpruning.scores(model, group, kind)
@@ -121,7 +121,7 @@ def test_scores_are_those_of_zeroing_each_channels_weights(name, kind):
 
 
 class Toy(ModelMixin, ConfigMixin):
-    """Two linear layers that predict the noise of a 1x1 picture: small enough to try every removal."""
+    """Two linear layers that predict the noise of a 1x1 picture: small enough to try every weight."""
 
     @register_to_config
     def __init__(self, sample_size: int = 1, in_channels: int = 4, hidden: int = 8):
@@ -129,42 +129,63 @@ class Toy(ModelMixin, ConfigMixin):
         self.one, self.two = nn.Linear(in_channels, hidden, bias=False), nn.Linear(hidden, in_channels, bias=False)
 
     def forward(self, sample, timestep):
-        y = self.two(torch.relu(self.one(sample.flatten(1))))
-        return UNet2DOutput(sample=y.view(sample.shape))
+        hidden = torch.relu(self.one(sample.flatten(1))) * (0.5 + timestep[:, None] / 2000)
+        return UNet2DOutput(sample=self.two(hidden).view(sample.shape))
 
 
-def test_the_ranking_agrees_with_removing_each_channel_in_turn():
-    """First-order Taylor, |sum w * g| per channel, is the change of the loss for small weights; so is its ranking."""
+def by_brute_force(model: nn.Module, images: torch.Tensor, noise: torch.Tensor, timesteps: int) -> dict[str, torch.Tensor]:
+    """The scores of a toy's channels without gradients: what a small step of each weight towards zero does to the loss.
+
+    The first-order effect of removing the weight is that of the step, scaled up.
+    """
+    abar = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).mul(-1).add(1).cumprod(0)[:timesteps, None, None]
+    x, e = images.flatten(1)[None], noise.flatten(1)[None]
+    noisy = (abar.sqrt() * x + (1 - abar).sqrt() * e).flatten(0, 1)[..., None, None]
+    at, target = torch.arange(timesteps).repeat_interleave(len(images)), e.expand(timesteps, -1, -1).flatten(0, 1)
+
+    def loss() -> float:
+        """Summed over the timesteps and the picture, mean over the batch."""
+        return ((target - model(noisy, at).sample.flatten(1)) ** 2).sum().item() / len(images)
+
+    effect, step = {}, 1e-4
+    for name, weight in model.named_parameters():
+        effect[name] = torch.empty_like(weight)
+        for i in range(weight.numel()):
+            kept, losses = weight.view(-1)[i].item(), []
+            for share in (1 + step, 1 - step):
+                weight.view(-1)[i] = kept * share
+                losses.append(loss())
+            weight.view(-1)[i] = kept
+            effect[name].view(-1)[i] = (losses[0] - losses[1]) / (2 * step)
+    outputs, inputs = effect["one.weight"], effect["two.weight"].T  # of the hidden channels
+    return {
+        "squared": outputs.square().sum(1) + inputs.square().sum(1), "absolute": outputs.abs().sum(1) + inputs.abs().sum(1)
+    }  # fmt: skip
+
+
+def test_scores_and_ranking_are_those_of_removing_every_weight_by_brute_force():
+    """One batch, one noise, all timesteps before the loss falls below the threshold; a wrong choice of any ranks otherwise."""
     torch.manual_seed(0)
-    model = Toy()
-    with torch.no_grad():
-        model.one.weight.uniform_(0.5, 1.5)
-        model.two.weight.uniform_(0.5, 1.5).mul_(torch.logspace(-8, -1, 8))  # channels of very different weight
-        model.two.weight.copy_(model.two.weight[:, torch.randperm(8)])
-    images = torch.rand(16, 4, 1, 1)
-    states = list(diffpruning.importance(model, images, torch.arange(16), threshold=0.5))  # it takes no labels
-    steps = [state.timestep for state in states if state.used]
+    model, eye = Toy().double(), torch.eye(4)
+    with torch.no_grad():  # nearly the identity: noisy pictures are nearly the noise, so the loss falls with t
+        model.one.weight.copy_(torch.cat([eye, -eye]) + 0.2 * torch.randn(8, 4))
+        model.two.weight.copy_(torch.cat([eye, -eye], 1) + 0.2 * torch.randn(4, 8))
+    images = torch.rand(16, 4, 1, 1, dtype=torch.float64)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(7)).double()
+    states = list(diffpruning.importance(model, images, torch.arange(16), threshold=0.3, seed=7))  # it takes no labels
+    used = sum(state.used for state in states)
+    assert 100 < used < 900
     index = torch.arange(8)
     group = structure.Group(8, (structure.Member("one", "out", index, index), structure.Member("two", "in", index, index)))
-    ranking = diffpruning.scores(model, group, "absolute").argsort()
-    scheduler = diffusion.make_scheduler("ddpm", model)
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-
-    def loss(candidate) -> float:
-        total = 0.0
-        for t in steps:
-            at = torch.full((16,), t)
-            noisy = scheduler.add_noise(images, noise, at)
-            total += (noise - candidate(noisy, at).sample).square().flatten(1).sum(1).mean().item()
-        return total
-
-    changes = []
     with torch.no_grad():
-        for channel in range(8):
-            candidate = copy.deepcopy(model)
-            candidate.two.weight[:, channel] = 0
-            changes.append(abs(loss(candidate) - loss(model)))
-    assert ranking.tolist() == torch.tensor(changes).argsort().tolist()
+        right = by_brute_force(model, images, noise, used)
+        wrong = {"all timesteps": (images, noise, 1000), "one": (images, noise, 1), "noise": (images, noise.flip(0), used)}
+        wrong = {name: by_brute_force(model, *arguments) for name, arguments in wrong.items()}
+    for kind in ("squared", "absolute"):
+        found = diffpruning.scores(model, group, kind).double()
+        torch.testing.assert_close(found, right[kind], rtol=1e-3, atol=0)
+        assert found.argsort().tolist() == right[kind].argsort().tolist()
+        assert all(found.argsort().tolist() != other[kind].argsort().tolist() for other in wrong.values())
 
 
 def test_scores_without_gradients_and_unknown_ones_are_refused():
@@ -248,6 +269,42 @@ def test_zero_channels_can_go_without_changing_the_output():
     torch.testing.assert_close(call(pruned), call(model), rtol=1e-4, atol=1e-5)
 
 
+def without_statistics(norm, x, *args):
+    """A GroupNorm that only scales and shifts: to it a channel of zeros is as if it were not there."""
+    return (
+        x * norm.weight[:, None, None] + norm.bias[:, None, None]
+        if x.dim() == 4
+        else x * norm.weight[:, None] + norm.bias[:, None]
+    )
+
+
+@torch.no_grad()
+def test_what_reads_a_removed_channel_loses_its_weights_across_skips_and_attention(monkeypatch):
+    """A UNet whose doomed channels are zero wherever they are made gives what the pruned one gives."""
+    model = zoo.load("glyphs-unet").double()
+    pruned = diffpruning.prune(model, 0.4, score="random")
+    for name, axes in pruned.config.pruning.items():
+        layer = model.get_submodule(name)
+        if "out" not in axes:
+            continue
+        gone = torch.ones(structure._size(layer, "out"), dtype=torch.bool)
+        gone[structure.channels(axes["out"], len(gone))] = False
+        if isinstance(layer, nn.Embedding):
+            layer.weight[:, gone] = 0
+            continue
+        layer.weight[gone] = 0
+        if layer.bias is not None:
+            layer.bias[gone] = 0
+    for name, attention in pruned.named_modules():
+        if isinstance(attention, structure.DiffusersAttention):  # its scale is that of its width
+            dense = model.get_submodule(name)
+            for part in (attention.to_q.weight, attention.to_q.bias):
+                part.mul_((attention.inner_dim / dense.inner_dim) ** 0.5)
+    monkeypatch.setattr(nn.GroupNorm, "forward", without_statistics)
+    expected = call(model)
+    torch.testing.assert_close(call(pruned), expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+
+
 # --- records ---------------------------------------------------------------------------------------------------------------
 
 
@@ -304,15 +361,85 @@ def test_records_that_do_not_fit_are_refused_and_change_nothing(change, message,
         sparsedm.load(tmp_path)
 
 
+BLOCK, ATTENTION = "down_blocks.1.resnets.0", "down_blocks.1.attentions.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("glyphs-unet", lambda r: r[f"{BLOCK}.conv1"].update(out="0-3")),
+        ("glyphs-unet", lambda r: r.pop(f"{BLOCK}.conv1")),
+        ("glyphs-unet", lambda r: r[f"{ATTENTION}.to_q"].update(out="0-4")),
+        ("glyphs-unet", lambda r: r[f"{BLOCK}.norm2"].update(out="0-4")),
+        ("glyphs-uvit", lambda r: r["mid_block.mlp.fc2"].pop("in")),
+    ],
+)
+def test_records_whose_layers_do_not_go_together_are_refused_and_change_nothing(name, change, tmp_path):
+    pruned = diffpruning.prune(zoo.load(name), 0.5, score="magnitude")
+    record = json.loads(json.dumps(pruned.config.pruning))
+    change(record)
+    model = zoo.load(name)
+    expected = call(model)
+    with pytest.raises(ValueError, match="does not run with what is left of it"):
+        structure.apply(model, record)
+    assert torch.equal(call(model), expected)
+    structure.apply(model, pruned.config.pruning)  # the right one still fits
+
+
 @pytest.mark.parametrize("ratio", [0, 1, -0.5, 1.5])
 def test_bad_ratios_are_refused(ratio):
     with pytest.raises(ValueError, match="ratio"):
         diffpruning.prune(zoo.load("glyphs-uvit"), ratio, score="random")
 
 
-def test_pruning_twice_and_untraceable_models_are_refused():
+def test_pruned_packed_and_training_models_are_refused():
     pruned = diffpruning.prune(zoo.load("glyphs-uvit"), 0.5, score="random")
     with pytest.raises(ValueError, match="pruned already"):
         diffpruning.prune(pruned, 0.5, score="random")
-    with pytest.raises(ValueError, match="cannot trace Toy"):
-        diffpruning.prune(Toy(), 0.5, score="random")
+    student = zoo.load("glyphs-uvit-2x4")
+    for other in (sparsedm.sparsify(zoo.load("glyphs-uvit"), "2:4", frozen=True), sparsedm.pack(student, backend="kernel")):
+        with pytest.raises(ValueError, match="in sparse training or packed; prune the dense one"):
+            diffpruning.prune(other, 0.5, score="random")
+
+
+class Broken(UNet2DModel):
+    def forward(self, *args, **kwargs):
+        raise RuntimeError("out of order")
+
+
+def test_models_that_cannot_be_traced_or_run_without_channels_are_refused_and_untouched():
+    small = {"block_out_channels": (32, 64), "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 8}
+    broken = Broken(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **small)
+    crossed = UNet2DConditionModel(  # whose gated MLPs split a layer's outputs in two
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32, **small,
+    )  # fmt: skip
+    for model, message in (
+        (broken, "cannot trace Broken: out of order"),
+        (crossed, "UNet2DConditionModel does not run with what is"),
+    ):
+        model.train()
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            diffpruning.prune(model, 0.3, score="magnitude")
+        assert all(module.training and not module._forward_hooks for module in model.modules())
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert not getattr(model.config, "pruning", None)
+    for model in (Toy(), nn.Sequential(nn.Linear(4, 4))):
+        with pytest.raises(ValueError, match=f"knows U-ViT.*{type(model).__name__} is neither"):
+            diffpruning.prune(model, 0.5, score="random", inputs={"x": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_precision_are_scored(dtype):
+    model = scored("glyphs-uvit").to(dtype)
+    for parameter in model.parameters():
+        parameter.grad = parameter.grad.to(dtype)
+    for score in ("squared", "absolute", "magnitude"):
+        assert diffpruning.prune(model, 0.5, score=score).dtype == dtype
+
+
+@pytest.mark.parametrize("round_to", [0, -4])
+def test_rounding_to_nothing_is_refused(round_to):
+    with pytest.raises(ValueError, match=f"round_to {round_to} is not a positive number"):
+        diffpruning.prune(zoo.load("glyphs-uvit"), 0.5, score="random", round_to=round_to)
