@@ -96,7 +96,7 @@ def count(state: State, pattern: str) -> int:
 
 
 def check_names(model: ModelMixin, state: State, path: str | Path, official: Callable[[str], str] = str) -> None:
-    """Raise ValueError, naming it, for a tensor of the model that `state` lacks, or one of `state` that the model does not have."""
+    """Raise ValueError, naming it, for a tensor of the model that `state` lacks, or has beyond the model's."""
     names = dict.fromkeys(map(official, model.state_dict()))
     for name in names:
         if name not in state:
