@@ -10,18 +10,6 @@ from .results import Row
 
 OFF_THE_SCALE = 10  # times the teacher's FD-glyph
 GRID = 18  # pictures in a row of the consistency grid
-METHODS = (
-    "teacher",
-    "more",
-    "2x4-oneshot",
-    "2x4-asp",
-    "2x4-srste",
-    "2x4",
-    "diffpruned",
-    "magnitude",
-    "scratch",
-    "diffpruned-2x4",
-)
 
 
 def draw(base: str, folder: Path, runs: Path | None = None) -> Iterator[Path]:
@@ -69,11 +57,10 @@ def over_training(rows: list[Row]):
 
 
 def pictures(base: str, runs: Path) -> dict[str, torch.Tensor]:
-    """The first pictures [n, C, H, W] of several methods, in [-1, 1], all from the same noise, by method."""
+    """The first pictures [n, C, H, W] of every method, in [-1, 1], all from the same noise, by method."""
     found = {}
     for row in results.load("short", base):
-        path = evaluation.samples_file(runs / row.name, row.recipe.protocol)
-        if row.name.removeprefix(f"{base}-short-") in METHODS and path.exists():
+        if evaluation.samples_file(runs / row.name, row.recipe.protocol).exists():
             found[row.recipe.method] = evaluation.sampled(runs / row.name, row.recipe.protocol, GRID)
     return found
 

@@ -11,7 +11,7 @@ from .models import zoo
 from .recipes import RECIPES, Recipe, recipe, run_name
 
 RESULTS = zoo.ASSETS / "results"
-SUITES = ("headline", "short")
+SUITES = ("headline", "short")  # on the letter models
 _SEEDS = "±: largest deviation of two or three seeds."
 
 
@@ -57,6 +57,11 @@ class Row:
         """The same against the teacher converted to oneDNN, which is worth it where PyTorch's own linear layers are slow."""
         return self._timed.get("speedup_over_onednn")
 
+    @property
+    def speedup_best(self) -> float | None:
+        """The same with both models as they run fastest, converted to oneDNN or not: what counts at equal time."""
+        return self._timed.get("speedup_best")
+
     @functools.cached_property
     def _timed(self) -> dict:
         return next((row for row in times() if row["name"] == _timed_as(self.name)), {})
@@ -69,13 +74,13 @@ def pictures(name: str) -> Image.Image | None:
 
 
 def load(suite: str, base: str = "") -> list[Row]:
-    """The stored results of a suite ("headline", "short"), of one teacher and its students or of all.
+    """The stored results of a suite ("headline", "short", "paper"), of one teacher and its students or of all.
 
     Raises:
         ValueError: unknown suite, or runs that were scored by different protocols and must not stand in one table.
     """
-    if suite not in SUITES:
-        raise ValueError(f"unknown suite {suite!r}; known: {', '.join(SUITES)}")
+    if suite not in (*SUITES, "paper"):
+        raise ValueError(f"unknown suite {suite!r}; known: {', '.join(SUITES)}, paper")
     rows = []
     for name, found in RECIPES.items():
         if found.suite == suite and base in ("", found.base or name):
@@ -167,12 +172,45 @@ def _short_row(row: Row, whole: int) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _caption(result: dict) -> str:
+def paper_bases() -> tuple[str, ...]:
+    """The teachers of the papers' size that have stored results, or whose students have."""
+    found = {
+        RECIPES[name].base or name for name in RECIPES if RECIPES[name].suite == "paper" and (RESULTS / f"{name}.json").exists()
+    }
+    return tuple(name for name in RECIPES if name in found)
+
+
+def paper_table(base: str) -> str:
+    """One teacher of the papers' size and its students as a Markdown table: most MACs first, then the best."""
+    rows = sorted(load("paper", base), key=lambda row: (-row.macs, row.mean("fid") if "fid" in row.runs[0]["scores"] else 0.0))
+    head = "| model | FID ↓ | SSIM to teacher ↑ | G MACs | M nonzero weights | training pictures |"
+    caption = (
+        f"{_drawn(rows[0].runs[0])}. MACs: per picture and step, zeros skipped. FID: where Inception's weights were at hand."
+    )
+    return "\n".join([head, "|---" * 6 + "|", *map(_paper_row, rows), "", caption])
+
+
+def _paper_row(row: Row) -> str:
+    scores, run = row.runs[0]["scores"], row.runs[0]
+    cells = (
+        row.recipe.title, f"{scores['fid']:.2f}" if "fid" in scores else "", _ssim(row) if "ssim_to_base" in scores else "",
+        f"{row.macs / 1e9:.2f}", f"{run['nonzero_parameters'] / 1e6:.1f}", f"{row.images / 1e6:.1f} M" if row.images else "none",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _drawn(result: dict) -> str:
     protocol = result["protocol"]
     return (
         f"n = {protocol['n']:,} pictures a row, {protocol['sampler'].upper()} with {protocol['steps']} steps,"
-        f" guidance {protocol['guidance']:g}, {protocol['precision']}, against as many test glyphs. MACs: per picture and step,"
-        " zeros skipped. FD-glyph is the Fréchet distance on the glyph classifier's features; it is not FID."
+        f" guidance {protocol['guidance']:g}, {protocol['precision']}"
+    )
+
+
+def _caption(result: dict) -> str:
+    return (
+        f"{_drawn(result)}, against as many test glyphs. MACs: per picture and step, zeros skipped. FD-glyph is the Fréchet"
+        " distance on the glyph classifier's features; it is not FID."
     )
 
 

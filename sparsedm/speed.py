@@ -1,7 +1,8 @@
 """Dense against packed on this machine, layer by layer and whole sampling steps, as ratios of interleaved runs.
 
-Both sides run as they run fastest: eager, channels-last or compiled. Dense models run a further way, converted to oneDNN by
-`torch.utils.mkldnn.to_mkldnn`: few do it, but on CPUs that MKL serves badly its linear layers are twice as fast as PyTorch's own.
+Both sides run as they run fastest: eager, channels-last or compiled. Models without packed layers, dense or pruned, run a
+further way, converted to oneDNN by `torch.utils.mkldnn.to_mkldnn`: few do it, but on CPUs that MKL serves badly its linear layers
+are twice as fast as PyTorch's own.
 """
 
 import contextlib
@@ -60,7 +61,8 @@ def measure_layers(
                 continue
             with with_threads(count):
                 packed_layer = packed.packed_layer(layer, "2:4")
-                variants = {**_dense_variants(layer, lambda model, x=x: model(x)), "packed": packed_layer}
+                call = lambda model, x=x: model(x)  # noqa: E731
+                variants = {**_formats("dense", layer), **_onednn("dense", layer, call), "packed": packed_layer}
                 row = _row(variants, lambda model, x=x: model(x), rounds)
             yield {"what": _title(layer, x), "threads": count, "dtype": name, **row}
 
@@ -148,9 +150,11 @@ def compare(what: str, models: Mapping[str, nn.Module], batch: int, compiled: bo
     """Times of one call of the models "dense", "packed" and perhaps "pruned", called `what`, as a row."""
     dense, fast = models["dense"], models["packed"]
     inputs = randomised(dryrun.example_inputs(dense, batch))
-    variants = _dense_variants(dense, lambda model: model(**inputs))
+    variants = {}
     for name, model in models.items():
         variants |= _formats(name, model)
+        if not any(map(packed.is_packed, model.modules())):
+            variants |= _onednn(name, model, lambda model: model(**inputs))
         if compiled:
             variants[f"{name}, compiled"] = torch.compile(model)
     row = _row(variants, lambda model: model(**inputs), rounds)
@@ -184,15 +188,16 @@ def randomised(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 ONEDNN = "dense, oneDNN"
 
 
-def _dense_variants(model: nn.Module, call: Callable[[nn.Module], object]) -> dict[str, nn.Module]:
-    variants, first = _formats("dense", model), next(model.parameters())
+def _onednn(name: str, model: nn.Module, call: Callable[[nn.Module], object]) -> dict[str, nn.Module]:
+    """The model converted to oneDNN, if it runs so."""
+    first = next(model.parameters())
     if first.device.type != "cpu":
-        return variants
+        return {}
     converted = mkldnn.to_mkldnn(copy.deepcopy(model), first.dtype)
     with contextlib.suppress(RuntimeError, AttributeError), torch.no_grad():  # a model that looks at its layers' weights
         call(converted)
-        variants[ONEDNN] = converted
-    return variants
+        return {f"{name}, oneDNN": converted}
+    return {}
 
 
 def _formats(name: str, model: nn.Module) -> dict[str, nn.Module]:
@@ -205,11 +210,13 @@ def _formats(name: str, model: nn.Module) -> dict[str, nn.Module]:
 def _row(variants: Mapping[str, nn.Module], call, rounds: int) -> dict:
     """Milliseconds (median and quartiles) of every variant, and how much faster the fastest packed one is (median of rounds).
 
-    `speedup` is over the fastest dense variant without oneDNN's linear layers, `speedup_over_onednn` over these.
+    `speedup` is over the fastest dense variant that is not converted to oneDNN, `speedup_over_onednn` over that which is;
+    `speedup_best` has both sides as they run fastest, converted or not.
     """
     with torch.no_grad():
         timings = latency.interleaved({name: lambda m=model: call(m) for name, model in variants.items()}, rounds=rounds)
     dense, fast, pruned = (_fastest(timings, kind) for kind in ("dense", "packed", "pruned"))
+    best = [_fastest(timings, kind, converted=True) for kind in ("dense", "packed")]
     return {
         "ms": {name: timing.median * 1e3 for name, timing in timings.items()},
         "quartiles": {name: [seconds * 1e3 for seconds in timing.spread] for name, timing in timings.items()},
@@ -217,13 +224,14 @@ def _row(variants: Mapping[str, nn.Module], call, rounds: int) -> dict:
         "fastest_packed": fast,
         "speedup": latency.ratio(timings, dense, fast),
         "speedup_over_onednn": latency.ratio(timings, ONEDNN, fast) if ONEDNN in timings else None,
+        "speedup_best": latency.ratio(timings, *best),
         "fastest_pruned": pruned,
         "speedup_pruned": latency.ratio(timings, dense, pruned) if pruned else None,
     }
 
 
-def _fastest(timings: Mapping[str, latency.Timing], kind: str) -> str | None:
-    names = [name for name in timings if name.startswith(kind) and name != ONEDNN]
+def _fastest(timings: Mapping[str, latency.Timing], kind: str, converted: bool = False) -> str | None:
+    names = [name for name in timings if name.startswith(kind) and (converted or not name.endswith("oneDNN"))]
     return min(names, key=lambda name: timings[name].median, default=None)
 
 
@@ -243,6 +251,7 @@ def with_threads(count: int) -> Iterator[None]:
 
 
 HEAD = ("", "dtype", "threads", "dense ms", "oneDNN ms", "packed ms", "speed-up", "over oneDNN")
+METHODS_HEAD = ("best of each",)
 PRUNED_HEAD = ("pruned ms", "speed-up")
 
 
@@ -253,6 +262,8 @@ def line(row: Mapping) -> str:
         row["what"], row["dtype"], row["threads"], _named(ms, row["fastest_dense"]), f"{ms[ONEDNN]:.2f}" if over else "",
         _named(ms, row["fastest_packed"]), f"**{row['speedup']:.2f}x**", f"{over:.2f}x" if over else "",
     ]  # fmt: skip
+    if "name" in row:
+        cells.append(f"{row['speedup_best']:.2f}x")
     if row.get("fastest_pruned"):
         cells += [_named(ms, row["fastest_pruned"]), f"{row['speedup_pruned']:.2f}x"]
     return f"| {' | '.join(map(str, cells))} |"
@@ -264,6 +275,6 @@ def _named(ms: Mapping[str, float], variant: str) -> str:
 
 def words(result: Mapping) -> str:
     """The outcome as a Markdown table."""
-    pruned = any(row.get("fastest_pruned") for row in result["rows"])
-    head = [*HEAD, *(PRUNED_HEAD if pruned else ())]
+    has = lambda key: any(row.get(key) for row in result["rows"])  # noqa: E731
+    head = [*HEAD, *(METHODS_HEAD if has("name") else ()), *(PRUNED_HEAD if has("fastest_pruned") else ())]
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(line, result["rows"])])

@@ -49,6 +49,7 @@ def runs(store):
 def timed(path, **speedups) -> None:
     names = {key: f"{BASE}-short-{key.replace('_', '-').strip('-')}" for key in speedups}
     rows = [{"name": names[key], "speedup": value, "speedup_over_onednn": 0.8 * value} for key, value in speedups.items()]
+    rows = [{**row, "speedup_best": 0.8 * row["speedup"]} for row in rows]
     (path / "bench-methods.json").write_text(json.dumps({"rows": rows}))
 
 
@@ -83,6 +84,8 @@ def test_scores_are_told_apart_by_a_t_test_with_the_spread_of_all_seeds(runs):
     deviation = np.sqrt((((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum()) / 3)
     found = claims.chance()
     assert (found.deviation, found.freedom) == (pytest.approx(deviation), 3)
+    own = f"most of all, {b.std(ddof=1):.0%}, in {RECIPES[f'{BASE}-short-diffpruned'].title})"
+    assert own in claims._told_apart()
     one, three = claims.Score(3.0), claims.Score(3.0, 3)
     for runs_of_each, mine in (((1, 1), one), ((3, 1), three)):
         reach = 3.1824 * deviation * np.sqrt(sum(1 / n for n in runs_of_each))  # 95 % of Student's t lies within it
@@ -90,6 +93,10 @@ def test_scores_are_told_apart_by_a_t_test_with_the_spread_of_all_seeds(runs):
         for sign in (1, -1):
             assert found.compare(mine, claims.Score(3.0 * np.exp(0.99 * sign * reach))) == 0
             assert found.compare(mine, claims.Score(3.0 * np.exp(1.01 * sign * reach))) == -sign
+        reach *= 2.3534 / 3.1824  # 95 % of Student's t lies below it
+        for share, word in ((0.99, 0), (1.01, 1)):
+            for sign in (1, -1):
+                assert found.within(mine, claims.Score(3.0 / 1.1 / np.exp(share * sign * reach))) == word * sign
     between = claims._between(claims.Score(2.0, 3), claims.Score(8.0), 0.5)
     assert between.fd == pytest.approx(4.0) and 1 / between.runs == pytest.approx((1 / 3 + 1) / 4)
 
@@ -99,18 +106,66 @@ def test_without_seeds_nothing_is_told_apart(store):
         store(BASE + end, 2.0)
     assert "how large chance is: no method has several seeds" in claims.table((BASE,))
     verdict = dict(zip([claim for _, claim, _ in claims.CLAIMS], claims.verdicts(BASE), strict=True))
-    assert verdict["a fixed 2:4 beats progressive patterns"] == claims.Verdict(claims.OPEN, "not run (several seeds of a method)")
+    assert verdict["... at the same quality"] == claims.Verdict(claims.OPEN, "not run (several seeds of a method)")
 
 
 def test_verdicts_take_the_seeds_into_account(runs):
     verdict = dict(zip([claim for _, claim, _ in claims.CLAIMS], claims.verdicts(BASE), strict=True))
     helps = verdict["the teacher's term helps"]
     assert helps.word == claims.OPEN and helps.figures.endswith("3.20 (2:4, SR-STE without teacher); teacher's loss alone 4.50")
-    assert verdict["a fixed 2:4 beats progressive patterns"].word == claims.HOLDS
+    assert verdict["better than removing channels at half the MACs"].word == claims.HOLDS
     assert verdict["pictures stay close to the original's"].figures == "not run (pruned shape from scratch)"
-    assert verdict["... at 10 to 20 % of the training, quality kept"].word == claims.FAILS
     runs(f"{BASE}-short-2x4-srste", 2.0, macs=500)
     assert claims.Evidence(BASE).better("2x4", ["2x4-srste", "2x4-progressive"]).word == claims.FAILS
+
+
+@pytest.mark.parametrize(("fd", "word"), [(1.75, claims.HOLDS), (2.2, claims.OPEN), (2.75, claims.FAILS)])
+def test_cheap_is_a_tenth_or_a_fifth_of_the_teachers_training(runs, fd, word):
+    assert claims._judged(claims._cheap, claims.Evidence(BASE)).figures == "not run (Diff-Pruning, a fifth of the training)"
+    runs(BASE, 2.0, train_images=640_000)
+    runs(f"{BASE}-diffpruned-fifth", fd, train_images=128_000)
+    verdict = claims._cheap(claims.Evidence(BASE))
+    figures = f"5.00, teacher 2.00, after 10% of its training; {fd:.2f}, teacher 2.00, after 20% of its training"
+    assert verdict == claims.Verdict(word, figures)
+
+
+@pytest.mark.parametrize(("teacher", "dense", "word"), [
+    (2.0, 2.0, claims.HOLDS), (2.0, 1.6, claims.OPEN), (1.6, 2.0, claims.OPEN),
+    (2.0, 1.0, claims.FAILS), (1.0, 2.0, claims.FAILS),
+])  # fmt: skip
+def test_quality_is_kept_if_chance_does_not_explain_it(runs, teacher, dense, word):
+    runs(BASE, teacher)
+    runs(f"{BASE}-more", dense)
+    runs(f"{BASE}-2x4", 1.7)
+    verdict = claims._kept("2x4")(claims.Evidence(BASE))
+    assert verdict == claims.Verdict(word, f"1.70; teacher {teacher:.2f}, dense with the same extra training {dense:.2f}")
+
+
+@pytest.mark.parametrize(("taylor", "word"), [(7.0, claims.HOLDS), (5.2, claims.OPEN), (3.5, claims.FAILS)])
+def test_dropping_timesteps_helps_if_the_papers_threshold_does(runs, taylor, word):
+    for key, fd in (("taylor", taylor), ("threshold-0.02", 1.0), ("threshold-0.2", 9.0)):
+        runs(f"{BASE}-short-{key}", fd)
+    verdict = claims._thresholds(claims.Evidence(BASE))
+    assert verdict == claims.Verdict(word, f"{taylor:.2f} with all timesteps, 1.00 (0.02), 5.00 (0.05), 9.00 (0.2)")
+
+
+@pytest.mark.parametrize(("ssim", "scratch", "word"), [
+    (0.94, 0.9, claims.HOLDS), (0.92, 0.9, claims.FAILS), (0.94, 0.95, claims.FAILS),
+])  # fmt: skip
+def test_close_is_as_close_as_in_the_paper_and_closer_than_from_scratch(runs, ssim, scratch, word):
+    runs(f"{BASE}-short-diffpruned", 5.0, ssim=ssim)
+    runs(f"{BASE}-short-scratch", 9.0, ssim=scratch)
+    assert claims._consistent(claims.Evidence(BASE)).word == word
+
+
+def test_fixed_and_progressive_are_judged_at_the_papers_constant_rate(runs):
+    runs(f"{BASE}-short-2x4-constant", 3.0, macs=500)
+    runs(f"{BASE}-short-2x4-progressive-constant", 3.1, macs=500)
+    verdict = claims._fixed(claims.Evidence(BASE))
+    assert verdict.word == claims.OPEN and verdict.figures.startswith(
+        "3.00 against 3.10 (2:4, SparseDM, progressive, constant rate)"
+    )
+    assert verdict.figures.endswith("3.03 against 4.00 with a rate that falls to 0")
 
 
 @pytest.mark.parametrize(("speedup", "word"), [(1.5, claims.HOLDS), (1.3, claims.FAILS)])
@@ -125,10 +180,28 @@ def test_equal_time_is_between_two_widths(runs, tmp_path):
     runs(f"{BASE}-short-more-gentle", 2.5)
     runs(f"{BASE}-short-diffpruned-most", 4.0, macs=800)
     runs(f"{BASE}-short-diffpruned-quarter", 8.0, macs=250)
-    timed(tmp_path, **{"2x4": 1 / 0.8, "diffpruned": 1 / 0.5, "diffpruned_most": 1 / 0.6, "diffpruned_quarter": 1 / 0.3})
+    shares = {"2x4": 0.8, "diffpruned": 0.5, "diffpruned_most": 0.6, "diffpruned_quarter": 0.3}  # of the dense model's best time
+    timed(tmp_path, **{name: 1 / 0.8 / share for name, share in shares.items()})
     verdict = claims._equal_time(claims.Evidence(BASE))  # 0.8 is half way, logarithmically, from 2.0 (at 1) to 4.0 (at 0.6)
     assert verdict.figures == "3.03 against 2.83 at 80% of the dense time (3.16 if the dense model counts at lr 3e-4)"
     assert verdict.word == claims.OPEN
+    timed(tmp_path, **{name: 1 / 0.8 / share for name, share in {**shares, "2x4": 1.05}.items()})  # slower than the dense model
+    assert claims._equal_time(claims.Evidence(BASE)).figures.startswith("3.03 against 2.00 at 105% of the dense time (2.50")
+    timed(tmp_path, **{name: 1 / 0.8 / share for name, share in {**shares, "2x4": 0.2}.items()})  # faster than all
+    assert claims._equal_time(claims.Evidence(BASE)).figures == "no pruned model is as fast (0.20 of the dense time)"
+    timed(tmp_path, **{name: 1 / 0.8 / share for name, share in shares.items()})
+    runs(f"{BASE}-short-more-gentle", 1.0)  # against which it loses, while against the other chance decides
+    assert claims._equal_time(claims.Evidence(BASE)).word == claims.OPEN
+    runs(f"{BASE}-short-more", 1.0)
+    assert claims._equal_time(claims.Evidence(BASE)).word == claims.FAILS
+
+
+def test_every_stored_run_says_how_it_was_made_and_what_came_out():
+    facts = {"name", "command", "seed", "commit", "date", "machine", "scores", "curve", "protocol", "macs", "parameters",
+             "bytes", "train", "train_images", "train_seconds"}  # fmt: skip
+    stored = [run for suite in results.SUITES for row in results.load(suite) for run in row.runs]
+    assert len(stored) > 80 and not [(run["name"], facts - set(run)) for run in stored if facts - set(run)]
+    assert all(run["commit"] and run["name"] == run_name(run["command"].split()[4], run["seed"]) for run in stored)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +225,22 @@ def test_figures_are_drawn(runs, tmp_path):
     assert list(figures.pictures(BASE, tmp_path / "runs")) == ["teacher", "2:4, SparseDM", "Diff-Pruning"]
 
 
+def test_runs_of_the_papers_size_have_tables(store):
+    assert results.paper_bases() == ()
+    for name, fid, ssim in (
+        ("cifar10-ddpm", 4.2, None),
+        ("cifar10-ddpm-diffpruned", 5.3, 0.93),
+        ("cifar10-ddpm-taylor", 5.5, 0.92),
+    ):
+        scores = {"n": 50_000, "fid": fid} | ({"ssim_to_base": ssim} if ssim else {})
+        store(name, 0.0, macs=6 * 10**9 if ssim is None else 3 * 10**9, scores=scores)
+    store("celeba64-ddpm-diffpruned", 0.0, macs=10**9, scores={"n": 50_000, "ssim_to_base": 0.9})  # scored without Inception
+    assert results.paper_bases() == ("cifar10-ddpm", "celeba64-ddpm")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.paper_table("cifar10-ddpm").splitlines()[2:5]]
+    assert [row[1:4] for row in cells] == [["4.20", "", "6.00"], ["5.30", "0.930", "3.00"], ["5.50", "0.920", "3.00"]]
+    assert "| ddpm-celeba64 Diff-Pruning |  | 0.900 | 1.00 |" in results.paper_table("celeba64-ddpm")
+
+
 def test_unknown_suites_are_refused():
-    with pytest.raises(ValueError, match="unknown suite 'long'; known: headline, short"):
+    with pytest.raises(ValueError, match="unknown suite 'long'; known: headline, short, paper"):
         results.load("long")

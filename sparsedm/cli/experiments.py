@@ -54,7 +54,7 @@ def reproduce(
 
 
 def compare(
-    what: Annotated[str, typer.Option(help="headline, claims, a teacher's name (its short runs), or all.")] = "all",
+    what: Annotated[str, typer.Option(help="headline, claims, a teacher's name (its students), or all.")] = "all",
     figures: Annotated[Path | None, typer.Option(help="Also draw the figures into this folder.")] = None,
     runs: Annotated[
         Path, typer.Option(help="Folder that reproduce wrote, for the figure of pictures from the same noise.")
@@ -66,6 +66,7 @@ def compare(
 
     tables = {"headline": results.headline_table, "claims": claims.table}
     tables |= {base: functools.partial(results.short_table, base) for base in results.bases()}
+    tables |= {base: functools.partial(results.paper_table, base) for base in results.paper_bases()}
     if what not in ("all", *tables):
         raise ValueError(f"unknown table {what!r}; known: all, {', '.join(tables)}")
     chosen = [name for name in tables if what in ("all", name)]
@@ -83,10 +84,11 @@ def compare(
 
 
 def _runs(table: str) -> list[dict]:
-    """The stored runs of "headline", or of a teacher's short ones."""
+    """The stored runs of "headline", or of one teacher: its short ones, or those of the papers' size."""
     from sparsedm import results
 
-    rows = results.load("headline") if table == "headline" else results.load("short", table)
+    suite = "short" if table in results.bases() else "paper"
+    rows = results.load("headline") if table == "headline" else results.load(suite, table)
     return [run for row in rows for run in row.runs]
 
 

@@ -71,6 +71,8 @@ def _sparsedm(
         add("2x4-asp", "2:4, ASP (first masks kept)", sparsify={"frozen": True})
         add("2x4-ste", "2:4, STE without teacher", sparsify={"decay": 0.0})
         add("2x4-srste", "2:4, SR-STE without teacher")
+        teacher_only = {**train, "noise_weight": 0.0, "teacher_weight": 1.0}
+        add("2x4-teacher-only", "2:4, teacher's loss only", distil=True, train=teacher_only)
         add("2x4-progressive", "2:4, SparseDM, progressive", distil=True, train={**train, "pattern_schedule": _PROGRESSIVE})
         for pattern in _SWEEP:
             add(pattern.replace(":", "x"), f"{pattern}, SparseDM", pattern, distil=True)
@@ -81,18 +83,23 @@ def _sparsedm(
 
 
 def _diffpruning(base: str, model: str, data: str, train: dict, teacher_steps: int, threshold: float = 0.05) -> dict[str, Recipe]:
-    """A teacher, Diff-Pruning at ratio 0.3 and its baselines."""
+    """A teacher, Diff-Pruning at ratio 0.3 and its baselines, the dense model with the same extra training among them."""
     paper, train = PAPER_MODELS[model], {**_DDPM, **train}
     small = paper.config["sample_size"] < 256
     found = {}
 
-    def add(key: str, method: str, **prune) -> None:
-        options = {"prune": {"ratio": 0.3, **prune}, "train": train, "data": data, "protocol": _DDIM}
+    def add(key: str, method: str, options: dict | None = None, **prune) -> None:
+        options = {"train": train, "data": data, "protocol": _DDIM, **(options or {})}
+        options["prune"] = {"ratio": 0.3, **prune} if prune else {}
         found[f"{base}-{key}"] = Recipe("paper", model, method, base, **options)
 
+    add("more", "dense, same extra training")
     add("diffpruned", "Diff-Pruning", score="squared", threshold=threshold)
     if small:
         add("threshold-0.02", "Diff-Pruning, threshold 0.02", score="squared", threshold=0.02)
+        sparse = {"pattern": "2:4", "distil": True}
+        add("diffpruned-2x4", "Diff-Pruning, then 2:4, SparseDM", sparse, score="squared", threshold=threshold, round_to=4)
+        add("absolute", "Diff-Pruning, absolute score", score="absolute", threshold=threshold)
         add("taylor", "Taylor pruning (threshold 0)", score="squared", threshold=0.0)
         add("magnitude", "magnitude pruning", score="magnitude")
         add("random", "random pruning", score="random")
