@@ -62,6 +62,11 @@ class Row:
         """The same with both models as they run fastest, converted to oneDNN or not: what counts at equal time."""
         return self._timed.get("speedup_best")
 
+    @property
+    def timed_with(self) -> str:
+        """The batch and the threads of these times."""
+        return f"{self._timed['what'].partition(', ')[2]}, {self._timed['threads']} threads"
+
     @functools.cached_property
     def _timed(self) -> dict:
         return next((row for row in times() if row["name"] == _timed_as(self.name)), {})
