@@ -121,7 +121,10 @@ def test_verdicts_take_the_seeds_into_account(runs):
 
 @pytest.mark.parametrize(("fd", "word"), [(1.75, claims.HOLDS), (2.2, claims.OPEN), (2.75, claims.FAILS)])
 def test_cheap_is_a_tenth_or_a_fifth_of_the_teachers_training(runs, fd, word):
-    assert claims._judged(claims._cheap, claims.Evidence(BASE)).figures == "not run (Diff-Pruning, a fifth of the training)"
+    assert (
+        claims._judged(claims._cheap, claims.Evidence(BASE)).figures
+        == "not run (Diff-Pruning, a fifth of the teacher's training)"
+    )
     runs(BASE, 2.0, train_images=640_000)
     runs(f"{BASE}-diffpruned-fifth", fd, train_images=128_000)
     verdict = claims._cheap(claims.Evidence(BASE))

@@ -63,7 +63,7 @@ def _headline(base: str, backbone: str, model: tuple[type, dict], teach: dict, t
         f"{base}-2x4": Recipe("headline", backbone, "2:4, SparseDM", base, pattern="2:4", distil=True, **student),
         f"{base}-diffpruned": Recipe("headline", backbone, "Diff-Pruning", base, prune=pruned, **student),
         f"{base}-diffpruned-fifth": Recipe(
-            "headline", backbone, "Diff-Pruning, a fifth of the training", base, prune=pruned, train=fifth
+            "headline", backbone, "Diff-Pruning, a fifth of the teacher's training", base, prune=pruned, train=fifth
         ),
     }
 
