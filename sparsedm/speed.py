@@ -63,7 +63,7 @@ def measure_layers(
                 packed_layer = packed.packed_layer(layer, "2:4")
                 call = lambda model, x=x: model(x)  # noqa: E731
                 variants = {**_formats("dense", layer), **_onednn("dense", layer, call), "packed": packed_layer}
-                row = _row(variants, lambda model, x=x: model(x), rounds)
+                row = _row(variants, call, rounds)
             yield {"what": _title(layer, x), "threads": count, "dtype": name, **row}
 
 

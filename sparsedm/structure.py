@@ -56,7 +56,7 @@ def groups(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[Group]:
     """The groups of `model` whose channels can be removed without changing the shape of its output.
 
     Raises:
-        ValueError: a model of another kind than these two, or one that torch-pruning cannot trace.
+        ValueError: neither a U-ViT nor like diffusers' UNets, or torch-pruning cannot trace it.
     """
     if not isinstance(model, UViTModel) and not isinstance(getattr(model, "conv_out", None), nn.Conv2d):
         known = "U-ViT, and UNets of diffusers, whose output comes from a convolution `conv_out`"
