@@ -33,6 +33,7 @@ _TUNE = {
 }  # fmt: skip
 _SHORT = {"steps": 1000, "warmup": 50}
 _WATCH = (0, 100, 200, 500)
+_TEACHER_ONLY = {"noise_weight": 0.0, "teacher_weight": 1.0}
 _GENTLE = "dense, same extra training, lr 3e-4"
 
 # The share of channels whose removal leaves about three quarters, half and a quarter of the MACs.
@@ -63,6 +64,9 @@ def _headline(base: str, backbone: str, model: tuple[type, dict], teach: dict, t
         f"{base}-more-gentle": Recipe("headline", backbone, _GENTLE, base, train={**tune, "lr": 3e-4}),
         f"{base}-2x4-oneshot": Recipe("headline", backbone, "2:4, one-shot", base, pattern="2:4"),
         f"{base}-2x4": Recipe("headline", backbone, "2:4, SparseDM", base, pattern="2:4", distil=True, **student),
+        f"{base}-2x4-teacher-only": Recipe(
+            "headline", backbone, "2:4, teacher's loss only", base, pattern="2:4", distil=True, train={**tune, **_TEACHER_ONLY}
+        ),
         f"{base}-diffpruned": Recipe("headline", backbone, "Diff-Pruning", base, prune=pruned, **student),
         f"{base}-diffpruned-fifth": Recipe(
             "headline", backbone, "Diff-Pruning, a fifth of the teacher's training", base, prune=pruned, train=fifth
@@ -104,8 +108,7 @@ def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, fl
     add("2x4-constant", "2:4, SparseDM, constant rate", pattern="2:4", distil=True, train=constant)
     constant = {**constant, "pattern_schedule": progressive}
     add("2x4-progressive-constant", "2:4, SparseDM, progressive, constant rate", pattern="2:4", distil=True, train=constant)
-    teacher_only = {**train, "noise_weight": 0.0, "teacher_weight": 1.0}
-    add("2x4-teacher-only", "2:4, teacher's loss only", 3, pattern="2:4", distil=True, train=teacher_only)
+    add("2x4-teacher-only", "2:4, teacher's loss only", 3, pattern="2:4", distil=True, train={**train, **_TEACHER_ONLY})
     add("1x4", "1:4, SparseDM", pattern="1:4", distil=True)
     add("diffpruned-quarter", f"Diff-Pruning, ratio {most:g}", prune=pruned(most))
     add("diffpruned-2x4", "Diff-Pruning, then 2:4, SparseDM", pattern="2:4", distil=True, prune=pruned())
