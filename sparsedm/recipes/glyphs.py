@@ -34,7 +34,7 @@ _TUNE = {
 _SHORT = {"steps": 1000, "warmup": 50}
 _WATCH = (0, 100, 200, 500)
 _TEACHER_ONLY = {"noise_weight": 0.0, "teacher_weight": 1.0}
-_GENTLE, _GENTLE_RATE = {"lr": 3e-4}, "lr 3e-4"
+_GENTLE = {"lr": 3e-4}
 
 # The share of channels whose removal leaves about three quarters, half and a quarter of the MACs.
 _RATIOS = {"uvit": (0.25, 0.5, 0.75), "unet": (0.2, 0.35, 0.55)}
@@ -62,7 +62,7 @@ def _headline(base: str, backbone: str, model: tuple[type, dict], teach: dict, t
         base: Recipe("headline", backbone, "teacher", model=model, schedule=_SCHEDULE, train=teach, bundle=True),
         f"{base}-more": Recipe("headline", backbone, "dense, same extra training", base, train=tune, seeds=3),
         f"{base}-more-gentle": Recipe(
-            "headline", backbone, f"dense, same extra training, {_GENTLE_RATE}", base, train={**tune, **_GENTLE}
+            "headline", backbone, "dense, same extra training, lr 3e-4", base, train={**tune, **_GENTLE}
         ),
         f"{base}-2x4-oneshot": Recipe("headline", backbone, "2:4, one-shot", base, pattern="2:4"),
         f"{base}-2x4": Recipe("headline", backbone, "2:4, SparseDM", base, pattern="2:4", distil=True, **student),
@@ -92,9 +92,9 @@ def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, fl
 
     add("teacher", "teacher", train={})
     add("more", "dense, same extra training", 3, True)
-    add("more-gentle", f"dense, same extra training, {_GENTLE_RATE}", train={**train, **_GENTLE})
+    add("more-gentle", "dense, same extra training, lr 3e-4", train={**train, **_GENTLE})
     add("2x4", "2:4, SparseDM", 3, True, pattern="2:4", distil=True)
-    add("2x4-gentle", f"2:4, SparseDM, {_GENTLE_RATE}", pattern="2:4", distil=True, train={**train, **_GENTLE})
+    add("2x4-gentle", "2:4, SparseDM, lr 3e-4", pattern="2:4", distil=True, train={**train, **_GENTLE})
     add("diffpruned", "Diff-Pruning", 3, True, prune=pruned())
     add("2x4-srste", "2:4, SR-STE without teacher", 3, pattern="2:4")
     add("2x4-asp", "2:4, ASP (first masks kept)", pattern="2:4", sparsify={"frozen": True})
