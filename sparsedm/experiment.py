@@ -63,6 +63,7 @@ def reproduce(
     if name == CLASSIFIER:
         return (yield from _reproduce_classifier(Path(out, name), bundle))
     chosen, run = recipe(name), run_name(name, seed)
+    commit = _commit()  # of the code that runs; the files may change during a long training
     if seed:
         chosen = replace(chosen, watch=())  # one curve is enough
     if chosen.train:
@@ -94,7 +95,7 @@ def reproduce(
             scores = evaluation.score(images, asked, chosen.data, base_images, inception, reference)
             results = {"name": run, "command": f"python -m sparsedm reproduce {name}" + (f" --seed {seed}" if seed else "")}
             results |= {"seed": seed, "scores": scores, "curve": curve, "protocol": asdict(protocol)}
-            results |= _facts(chosen, model, folder, settings)
+            results |= {**_facts(chosen, model, folder, settings), "commit": commit}
             _write_json(folder / RESULTS_FILE, results)
     if bundle and processes.is_main():
         _write_json(RESULTS / f"{run}.json", results)
@@ -286,7 +287,6 @@ def _facts(chosen: Recipe, model: nn.Module, folder: Path, settings: dict) -> di
         "train_images": settings["steps"] * settings["batch_size"] if settings else 0,
         "train_seconds": round(sum(line["seconds"] * _log_interval(log, i) for i, line in enumerate(log))),
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
 

@@ -206,6 +206,16 @@ def test_seeds_have_their_own_runs_and_noise(tiny_recipes, monkeypatch):
     assert second["protocol"]["seed"] == first["protocol"]["seed"] + 1 and second["scores"] != first["scores"]
 
 
+def test_results_name_the_commit_that_the_run_began_with(tiny_recipes, monkeypatch):
+    monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
+    states = experiment.reproduce("teacher", tiny_recipes, PROTOCOL)
+    monkeypatch.setattr(experiment, "_commit", lambda: "abc1234")
+    next(states)
+    monkeypatch.setattr(experiment, "_commit", lambda: "another")
+    list(states)
+    assert json.loads((tiny_recipes / "teacher/results.json").read_text())["commit"] == "abc1234"
+
+
 def test_folder_of_other_settings_is_refused(tiny_recipes):
     next(experiment.reproduce("teacher", tiny_recipes, PROTOCOL))
     with pytest.raises(ValueError, match="holds a run with other settings"):
