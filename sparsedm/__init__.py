@@ -8,31 +8,31 @@ sparsedm.save(sparsedm.fold(student), "out")
 
 import importlib
 
-from .compat import repair_torchvision
+from .support.compat import repair_torchvision
 
 repair_torchvision()  # before anything imports diffusers
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "NMPattern": "nm",
-    "sparsify": "layers",
-    "densify": "layers",
-    "fold": "layers",
-    "pack": "packed",
-    "unpack": "packed",
-    "prune": "diffpruning",
-    "report": "reporting",
-    "count": "macs",
-    "train": "distill",
-    "finetune": "distill",
-    "sample": "diffusion",
-    "generate": "diffusion",
-    "load": "models.zoo",
-    "save": "models.zoo",
-    "save_packed": "models.zoo",
-    "build": "models.zoo",
-    "reproduce": "experiment",
+    "NMPattern": "masking.nm",
+    "sparsify": "masking.layers",
+    "densify": "masking.layers",
+    "fold": "masking.layers",
+    "pack": "packing.packed",
+    "unpack": "packing.packed",
+    "prune": "pruning.diffpruning",
+    "report": "measure.reporting",
+    "count": "measure.macs",
+    "train": "training.distill",
+    "finetune": "training.distill",
+    "sample": "diffusion.samplers",
+    "generate": "diffusion.samplers",
+    "load": "checkpoints.folders",
+    "save": "checkpoints.folders",
+    "save_packed": "checkpoints.folders",
+    "build": "models.papers",
+    "reproduce": "experiments.experiment",
 }
 __all__ = sorted(_WHERE)
 

@@ -14,10 +14,13 @@ from diffusers import UNet3DConditionModel
 from typer.testing import CliRunner
 
 import sparsedm
-from sparsedm import bench, claims, cli, kernels, shares, speed
+from sparsedm import cli
 from sparsedm.cli import common
-from sparsedm.evaluation import Progress
+from sparsedm.experiments import claims
+from sparsedm.measure import shares, speed, training_cost
+from sparsedm.measure.evaluation import Progress
 from sparsedm.models.uvit import UViTModel
+from sparsedm.packing import kernels
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -105,13 +108,13 @@ def test_every_command_has_help_with_an_example():
 
 
 def test_train_step_benchmark_reports_a_ratio():
-    result = json.loads(json.dumps(bench.train_step(models=("glyphs-unet",), rounds=2)))
+    result = json.loads(json.dumps(training_cost.train_step(models=("glyphs-unet",), rounds=2)))
     measured = result["glyphs-unet"]
     assert measured["sparse_over_dense"] > 0.5 and measured["dense_ms"] > 0
 
 
 def test_mask_benchmark_covers_every_way():
-    table = bench.masks(shapes=((64, 64),), rounds=2)
+    table = training_cost.masks(shapes=((64, 64),), rounds=2)
     assert set(table["64x64 2:4"]) == {"pairs", "selection", "sorting"}
 
 

@@ -20,8 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 from wandb.proto import wandb_internal_pb2
 
-from sparsedm import cli, layers
-from sparsedm.models import zoo
+from sparsedm import cli
+from sparsedm.checkpoints import folders
+from sparsedm.masking import layers
 from sparsedm.models.uvit import UViTModel
 
 QUICK = ("--data", "digits", "--steps", "4", "--batch-size", "4", "--set", "checkpoint_every=2")
@@ -53,15 +54,15 @@ def refusal(monkeypatch, capsys, *arguments) -> str:
 def tiny(tmp_path):
     torch.manual_seed(0)
     model = UViTModel(sample_size=8, in_channels=1, embed_dim=16, depth=2, num_heads=2, num_classes=11)
-    zoo.save(model, tmp_path / "tiny")
+    folders.save(model, tmp_path / "tiny")
     return tmp_path / "tiny"
 
 
 def test_a_model_is_trained_pruned_made_sparse_and_drawn(tiny, tmp_path):
     trained = ask("train", tiny, tmp_path / "trained", *QUICK)
-    assert trained["loss"] > 0 and zoo.load(trained["model"]).config.num_classes == 11
+    assert trained["loss"] > 0 and folders.load(trained["model"]).config.num_classes == 11
     student = ask("finetune", trained["model"], tmp_path / "student", *QUICK, "--set", "teacher_weight=0.5")
-    assert set(map(str, layers.patterns(zoo.load(student["model"])).values())) == {"2:4"}
+    assert set(map(str, layers.patterns(folders.load(student["model"])).values())) == {"2:4"}
     assert ask("info", tmp_path / "student") == ask("info", student["model"])
     smaller = ask("prune", trained["model"], tmp_path / "pruned", "--ratio", 0.5, "--data", "digits", "--n", 4)
     assert 0.4 < smaller["macs_share"] < 0.7
@@ -79,7 +80,7 @@ def test_a_model_is_trained_pruned_made_sparse_and_drawn(tiny, tmp_path):
 def test_latents_are_decoded_by_the_autoencoder_that_is_named(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     model = UViTModel(sample_size=8, in_channels=4, embed_dim=16, depth=2, num_heads=2, num_classes=11)
-    zoo.save(model, tmp_path / "latent")
+    folders.save(model, tmp_path / "latent")
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4, **blocks).save_pretrained(tmp_path / "vae")
     draw = ("generate", tmp_path / "latent", tmp_path / "some.png", "--n", 4, "--steps", 2)
@@ -159,10 +160,10 @@ def test_an_official_checkpoint_becomes_a_model_folder(tmp_path, monkeypatch, ca
     assert "width 16 is below 64; give num_heads" in refusal(monkeypatch, capsys, *convert)
     assert "not with heads" in refusal(monkeypatch, capsys, *convert, "--set", "heads=4")
     found = ask(*convert, "--set", "num_heads=4")
-    assert zoo.load(found["model"]).config.num_heads == 4
-    told = ask("info", tmp_path / "uvit" / zoo.WEIGHTS)
+    assert folders.load(found["model"]).config.num_heads == 4
+    told = ask("info", tmp_path / "uvit" / folders.WEIGHTS)
     assert told == ask("info", tmp_path / "uvit") and told["class"] == "UViTModel"
-    state = zoo.load(found["model"]).state_dict()
+    state = folders.load(found["model"]).state_dict()
     assert found["class"] == "UViTModel" and all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
@@ -178,7 +179,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resume_takes_up(tiny, tmp_path, monkeyp
     assert process.returncode == 130 and "go on with the same command and --resume" in err
     assert "holds a run; go on with it by --resume" in refusal(monkeypatch, capsys, "train", tiny, tmp_path / "out", *long)
     resumed = ask("train", tiny, tmp_path / "out", *long, "--resume")
-    a, b = (zoo.load(found["model"]).state_dict() for found in (whole, resumed))
+    a, b = (folders.load(found["model"]).state_dict() for found in (whole, resumed))
     assert all(torch.equal(a[key], b[key]) for key in a)
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 400

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import sparsedm
-from sparsedm import convert, diffpruning
-from sparsedm.models import zoo
+from sparsedm.checkpoints import convert, folders
+from sparsedm.models import papers
 from sparsedm.models.uvit import UViTModel
+from sparsedm.pruning import diffpruning
 
 
 def scrambled(model: nn.Module) -> nn.Module:
@@ -206,7 +207,7 @@ def test_training_checkpoints_give_the_averaged_weights_if_there_are_some(ema, t
 def test_official_sizes_are_those_of_the_zoo(name, tmp_path, monkeypatch):
     """Shapes alone, on the meta device: the config of the zoo, whose parameters and MACs are the published ones."""
     with torch.device("meta"):
-        model = zoo.build(name)
+        model = papers.build(name)
         monkeypatch.setattr(convert, "read", lambda path: ddim_layout(model))
         monkeypatch.setattr(convert, "fill", lambda model, *rest: model)
         converted = convert.ddim("file")
@@ -241,7 +242,7 @@ def test_a_pruned_unet_gets_its_widths_from_its_weights(kind, make_model, tmp_pa
     stored = folder / "unet" / "diffusion_pytorch_model.bin"
     state = torch.load(stored, weights_only=True)
     if kind == "safetensors":
-        save_file(state, folder / "unet" / zoo.WEIGHTS)
+        save_file(state, folder / "unet" / folders.WEIGHTS)
         stored.write_bytes(b"older")
     elif kind == "shards":
         names = sorted(state)
@@ -249,7 +250,7 @@ def test_a_pruned_unet_gets_its_widths_from_its_weights(kind, make_model, tmp_pa
         for file, part in parts.items():
             save_file({name: state[name] for name in part}, folder / "unet" / file)
         files = {name: file for file, part in parts.items() for name in part}
-        (folder / "unet" / zoo.INDEX).write_text(json.dumps({"weight_map": files}))
+        (folder / "unet" / folders.INDEX).write_text(json.dumps({"weight_map": files}))
         stored.unlink()
     elif kind == "pth":
         (folder / "pruned").mkdir()

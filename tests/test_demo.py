@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 
 import sparsedm
-from sparsedm import data, layers, macs, nm, plots, results, speed
+from sparsedm import data, plots
 from sparsedm.demo import compare, explore, models, race, scatter, speedtest, tradeoff, tune, words
-from sparsedm.nm import NMPattern
+from sparsedm.experiments import results
+from sparsedm.masking import layers, nm
+from sparsedm.masking.nm import NMPattern
+from sparsedm.measure import macs, speed
 
 ORDER = {
     "text": "A7", "left": "glyphs-unet", "right": "glyphs-unet-2x4", "seed": 0, "steps": 3, "sampler": "ddim", "guidance": 0,

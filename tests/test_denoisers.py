@@ -18,10 +18,15 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparsedm
-from sparsedm import denoisers, diffusion, distill, kernels, layers, macs, packed, tuning
-from sparsedm.denoisers import each
-from sparsedm.models import zoo
+from sparsedm import diffusion
+from sparsedm.checkpoints import folders
+from sparsedm.masking import layers
+from sparsedm.measure import macs
+from sparsedm.models import denoisers
+from sparsedm.models.denoisers import each
 from sparsedm.models.uvit import UViTModel
+from sparsedm.packing import kernels, packed, tuning
+from sparsedm.training import distill
 
 BLOCKS = r"(single_)?transformer_blocks\.\d+\.(attn\d?\..*|ff(_context)?\..*|proj_mlp|proj_out)"
 EDGES = r"(?!conv_in|conv_out|.*temp_convs).*"
@@ -185,10 +190,10 @@ def test_finetune_fold_save_load_count_and_report(name, tmp_path):
     expected, inputs = call(name, student), small_inputs(name, teacher)
     folded = layers.fold(student)
     assert torch.equal(call(name, folded), expected) and not torch.equal(call(name, teacher), expected)
-    zoo.save(folded, tmp_path / "plain")
-    zoo.save_packed(folded, tmp_path / "packed", torch.float32)
+    folders.save(folded, tmp_path / "plain")
+    folders.save_packed(folded, tmp_path / "packed", torch.float32)
     for folder in ("plain", "packed"):
-        assert torch.equal(call(name, zoo.load(tmp_path / folder)), expected)
+        assert torch.equal(call(name, folders.load(tmp_path / folder)), expected)
     counts, rows = macs.count(folded, inputs), sparsedm.report(folded, inputs).rows
     assert {row.name for row in rows if row.state == "folded"} == set(before)
     assert len(rows) == sum(1 for _ in layers.weight_layers(folded)) and all(row.note for row in rows if row.state == "dense")
@@ -461,11 +466,11 @@ UNET = "UNet2DConditionModel (SD 1, 2)"
     (lambda tmp: macs.count(make("UNet3DConditionModel")), "UNet3DConditionModel does not tell the number of frames; pass"),
     (lambda tmp: macs.count(make(UNET, class_embed_type="timestep")), "class_embed_type 'timestep' is not known here; pass"),
     (lambda tmp: layers.sparsify(wrap(make(UNET))), r"mid_block.attentions.0.proj_in is wrapped by an adapter \(Module\); merge"),
-    (lambda tmp: zoo.save(wrap(layers.sparsify(make(UNET))), tmp), "mid_block.attentions.0.proj_in is wrapped by an adapter"),
+    (lambda tmp: folders.save(wrap(layers.sparsify(make(UNET))), tmp), "mid_block.attentions.0.proj_in is wrapped by an adapter"),
     (lambda tmp: layers.sparsify(fuse(UNET)), "transformer_blocks.0.attn1 has fused projections beside its own; load"),
     (lambda tmp: layers.sparsify(fuse("SD3Transformer2DModel")), "transformer_blocks.0.attn has fused projections"),
     (lambda tmp: layers.fold(fuse_in_training()), "attn1 has fused projections"),
-    (lambda tmp: zoo.save(fuse(UNET), tmp), "attn1 has fused projections"),
+    (lambda tmp: folders.save(fuse(UNET), tmp), "attn1 has fused projections"),
 ])  # fmt: skip
 def test_refusals_name_the_class_or_layer_and_the_remedy(action, message, tmp_path):
     with pytest.raises(ValueError, match=message):

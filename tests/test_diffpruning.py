@@ -12,15 +12,19 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 import sparsedm
-from sparsedm import data, diffpruning, diffusion, dryrun, layers, macs, nm, structure
-from sparsedm.models import zoo
+from sparsedm import data, diffusion
+from sparsedm.checkpoints import folders
+from sparsedm.masking import layers, nm
+from sparsedm.measure import macs
+from sparsedm.models import dryrun
+from sparsedm.pruning import diffpruning, structure
 
 MODELS = ("glyphs-uvit", "glyphs-unet")
 
 
 def scored(name: str, timesteps: int = 3) -> nn.Module:
     """A bundled model with gradients from a few timesteps."""
-    model = zoo.load(name)
+    model = folders.load(name)
     images, labels = data.stack(data.load("glyphs", n=4))
     for _, _state in zip(range(timesteps), diffpruning.importance(model, images, labels, threshold=0)):
         pass
@@ -39,7 +43,7 @@ def call(model: nn.Module) -> torch.Tensor:
 
 
 def test_gradients_are_the_sum_over_the_timesteps_used():
-    model = zoo.load("glyphs-unet")
+    model = folders.load("glyphs-unet")
     images, labels = data.stack(data.load("glyphs", n=2))
     states = []
     for state in diffpruning.importance(model, images, labels, threshold=0, seed=5):
@@ -64,7 +68,7 @@ def test_gradients_are_the_sum_over_the_timesteps_used():
 
 
 def test_it_stops_at_the_first_small_loss_without_using_it():
-    model = zoo.load("glyphs-uvit")
+    model = folders.load("glyphs-uvit")
     images, labels = data.stack(data.load("glyphs", n=2))
     states = list(diffpruning.importance(model, images, labels, threshold=0.5))
     losses = [state.loss for state in states]
@@ -77,13 +81,13 @@ def test_bad_thresholds_are_refused(threshold):
     with pytest.raises(ValueError, match="threshold"):
         next(
             diffpruning.importance(
-                zoo.load("glyphs-uvit"), torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.long), threshold=threshold
+                folders.load("glyphs-uvit"), torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.long), threshold=threshold
             )
         )
 
 
 def test_a_gradient_that_is_not_finite_is_reported_after_an_early_stop():
-    model = zoo.load("glyphs-uvit")
+    model = folders.load("glyphs-uvit")
     model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
     images, labels = data.stack(data.load("glyphs", n=2))
     with pytest.raises(FloatingPointError, match=r"gradient of norm\.weight"):
@@ -91,7 +95,7 @@ def test_a_gradient_that_is_not_finite_is_reported_after_an_early_stop():
 
 
 def test_a_loss_that_is_not_finite_names_the_timestep():
-    model = zoo.load("glyphs-uvit")
+    model = folders.load("glyphs-uvit")
     with pytest.raises(FloatingPointError, match="timestep 0 is nan"):
         next(diffpruning.importance(model, torch.full((1, 1, 16, 16), torch.nan), torch.zeros(1, dtype=torch.long)))
 
@@ -189,7 +193,7 @@ def test_scores_and_ranking_are_those_of_removing_every_weight_by_brute_force():
 
 
 def test_scores_without_gradients_and_unknown_ones_are_refused():
-    model = zoo.load("glyphs-uvit")
+    model = folders.load("glyphs-uvit")
     group = structure.groups(model, {})[0]
     with pytest.raises(ValueError, match=r"attn\.qkv has no gradient"):
         diffpruning.scores(model, group)
@@ -230,7 +234,7 @@ def test_pruned_models_run_and_lose_what_they_should(name, score):
 
 @torch.no_grad()
 def test_pruned_attention_scales_by_its_new_width():
-    pruned = diffpruning.prune(zoo.load("glyphs-unet"), 0.5, score="magnitude")
+    pruned = diffpruning.prune(folders.load("glyphs-unet"), 0.5, score="magnitude")
     expected = call(pruned)
     for module in pruned.modules():
         if isinstance(module, structure.DiffusersAttention):
@@ -252,7 +256,7 @@ def test_what_stays_are_the_best_channels_of_every_part():
 
 def test_zero_channels_can_go_without_changing_the_output():
     """A channel whose weights are zero everywhere is the first to go, and nothing is lost with it."""
-    model = zoo.load("glyphs-uvit")
+    model = folders.load("glyphs-uvit")
     with torch.no_grad():
         for block in (*model.in_blocks, model.mid_block, *model.out_blocks):
             block.mlp.fc2.weight[:, ::2] = 0
@@ -281,7 +285,7 @@ def without_statistics(norm, x, *args):
 @torch.no_grad()
 def test_what_reads_a_removed_channel_loses_its_weights_across_skips_and_attention(monkeypatch):
     """A UNet whose doomed channels are zero wherever they are made gives what the pruned one gives."""
-    model = zoo.load("glyphs-unet").double()
+    model = folders.load("glyphs-unet").double()
     pruned = diffpruning.prune(model, 0.4, score="random")
     for name, axes in pruned.config.pruning.items():
         layer = model.get_submodule(name)
@@ -310,7 +314,7 @@ def test_what_reads_a_removed_channel_loses_its_weights_across_skips_and_attenti
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pruned_model_reloads_bit_for_bit_and_goes_through_the_rest_of_the_package(name, tmp_path):
-    pruned = diffpruning.prune(zoo.load(name), 0.4, score="magnitude", round_to=4)
+    pruned = diffpruning.prune(folders.load(name), 0.4, score="magnitude", round_to=4)
     sparsedm.save(pruned, tmp_path / "ours")
     pruned.save_pretrained(tmp_path / "diffusers")
     for folder in ("ours", "diffusers"):
@@ -346,10 +350,10 @@ def test_a_pruned_model_reloads_bit_for_bit_and_goes_through_the_rest_of_the_pac
     ],
 )
 def test_records_that_do_not_fit_are_refused_and_change_nothing(change, message, tmp_path):
-    pruned = diffpruning.prune(zoo.load("glyphs-uvit"), 0.5, score="magnitude")
+    pruned = diffpruning.prune(folders.load("glyphs-uvit"), 0.5, score="magnitude")
     record = json.loads(json.dumps(pruned.config.pruning))
     change(record)
-    model = zoo.load("glyphs-uvit")
+    model = folders.load("glyphs-uvit")
     expected = call(model)
     with pytest.raises(ValueError, match=message):
         structure.apply(model, record)
@@ -375,10 +379,10 @@ BLOCK, ATTENTION = "down_blocks.1.resnets.0", "down_blocks.1.attentions.0"
     ],
 )
 def test_records_whose_layers_do_not_go_together_are_refused_and_change_nothing(name, change, tmp_path):
-    pruned = diffpruning.prune(zoo.load(name), 0.5, score="magnitude")
+    pruned = diffpruning.prune(folders.load(name), 0.5, score="magnitude")
     record = json.loads(json.dumps(pruned.config.pruning))
     change(record)
-    model = zoo.load(name)
+    model = folders.load(name)
     expected = call(model)
     with pytest.raises(ValueError, match="does not run with what is left of it"):
         structure.apply(model, record)
@@ -389,15 +393,15 @@ def test_records_whose_layers_do_not_go_together_are_refused_and_change_nothing(
 @pytest.mark.parametrize("ratio", [0, 1, -0.5, 1.5])
 def test_bad_ratios_are_refused(ratio):
     with pytest.raises(ValueError, match="ratio"):
-        diffpruning.prune(zoo.load("glyphs-uvit"), ratio, score="random")
+        diffpruning.prune(folders.load("glyphs-uvit"), ratio, score="random")
 
 
 def test_pruned_packed_and_training_models_are_refused():
-    pruned = diffpruning.prune(zoo.load("glyphs-uvit"), 0.5, score="random")
+    pruned = diffpruning.prune(folders.load("glyphs-uvit"), 0.5, score="random")
     with pytest.raises(ValueError, match="pruned already"):
         diffpruning.prune(pruned, 0.5, score="random")
-    student = zoo.load("glyphs-uvit-2x4")
-    for other in (sparsedm.sparsify(zoo.load("glyphs-uvit"), "2:4", frozen=True), sparsedm.pack(student, backend="kernel")):
+    student = folders.load("glyphs-uvit-2x4")
+    for other in (sparsedm.sparsify(folders.load("glyphs-uvit"), "2:4", frozen=True), sparsedm.pack(student, backend="kernel")):
         with pytest.raises(ValueError, match="in sparse training or packed; prune the dense one"):
             diffpruning.prune(other, 0.5, score="random")
 
@@ -442,4 +446,4 @@ def test_weights_of_any_precision_are_scored(dtype):
 @pytest.mark.parametrize("round_to", [0, -4])
 def test_rounding_to_nothing_is_refused(round_to):
     with pytest.raises(ValueError, match=f"round_to {round_to} is not a positive number"):
-        diffpruning.prune(zoo.load("glyphs-uvit"), 0.5, score="random", round_to=round_to)
+        diffpruning.prune(folders.load("glyphs-uvit"), 0.5, score="random", round_to=round_to)

@@ -8,8 +8,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import nn
 
 from sparsedm import diffusion
+from sparsedm.checkpoints import folders
 from sparsedm.diffusion import make_scheduler, predict_x0, sample, start_noise
-from sparsedm.models import zoo
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True}
@@ -196,7 +196,7 @@ def test_noise_takes_a_rectangular_sample_size():
 
 
 def test_the_scheduler_follows_the_models_noise_schedule():
-    model = zoo.load("glyphs-uvit")
+    model = folders.load("glyphs-uvit")
     for name, cls in diffusion.SAMPLERS.items():
         scheduler = make_scheduler(name, model)
         assert type(scheduler) is cls and scheduler.config.prediction_type == "v_prediction"

@@ -9,8 +9,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from sparsedm import data, diffusion, distill, layers, processes, training
+from sparsedm import data, diffusion
+from sparsedm.masking import layers
 from sparsedm.models.uvit import UViTModel
+from sparsedm.support import processes
+from sparsedm.training import checkpoint, distill
 
 STEPS = {"steps": 6, "batch_size": 8, "lr": 1e-3, "warmup": 2, "checkpoint_every": 2}
 
@@ -40,7 +43,7 @@ def test_pictures_of_a_named_set_have_the_models_size(tmp_path, make_model):
     assert seen == [(4, 3, 8, 8)]
 
 
-@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", checkpoint.OPTIMIZERS)
 @pytest.mark.parametrize("stop", [1, 2, 5])
 def test_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path, stop, optimizer):
     whole, broken = tiny(dropout=True), tiny(dropout=True)
@@ -94,7 +97,7 @@ def test_velocity_models_are_trained_on_velocity():
     assert noise_loss != pytest.approx(velocity_loss, rel=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", checkpoint.OPTIMIZERS)
 def test_training_learns(optimizer):
     losses = [s.loss for s in run(tiny(), steps=150, batch_size=32, lr=3e-3, optimizer=optimizer)]
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])

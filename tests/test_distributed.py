@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import sparsedm
-from sparsedm import evaluation, layers, processes, recipes
+from sparsedm.experiments import recipes
+from sparsedm.masking import layers
+from sparsedm.measure import evaluation
 from sparsedm.models.uvit import UViTModel
+from sparsedm.support import processes
 
 TINY = {"sample_size": 8, "in_channels": 1, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 11}
 

@@ -13,9 +13,15 @@ from diffusers import UNet2DModel
 from PIL import Image
 from ranks import command
 
-from sparsedm import data, evaluation, experiment, layers, metrics, processes, recipes, runlog, structure
-from sparsedm.models import zoo
+from sparsedm import data
+from sparsedm.checkpoints import folders
+from sparsedm.experiments import experiment, recipes
+from sparsedm.masking import layers
+from sparsedm.measure import evaluation, metrics
 from sparsedm.models.uvit import UViTModel
+from sparsedm.pruning import structure
+from sparsedm.support import processes
+from sparsedm.training import runlog
 
 TINY = {"sample_size": 16, "in_channels": 1, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 37}
 TRAIN = {"steps": 6, "batch_size": 8, "lr": 1e-3, "checkpoint_every": 2}
@@ -30,7 +36,7 @@ def tiny_recipes(monkeypatch, tmp_path):
     monkeypatch.setitem(recipes.RECIPES, "teacher", teacher)
     monkeypatch.setitem(recipes.RECIPES, "student", student)
     monkeypatch.setattr(experiment.data, "load", lambda name, **options: data.Glyphs(**{"n": 72, **options}))
-    monkeypatch.setattr(zoo, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(folders, "ASSETS", tmp_path / "assets")
     monkeypatch.setattr(experiment, "RESULTS", tmp_path / "assets" / "results")
     return tmp_path / "runs"
 
@@ -44,10 +50,10 @@ def test_teacher_and_student_end_to_end(tiny_recipes, monkeypatch):
     assert result["macs"]["sparse"] < result["macs"]["dense"] == result["macs"]["executed"]
     assert result["train_images"] == 48 and result["train_seconds"] >= 0
     assert set(result["scores"]) == {"fd_glyph", "kd_glyph", "precision", "recall", "n", "readability", "ssim_to_base"}
-    assert "Tiny student" in (zoo.ASSETS / "student" / "README.md").read_text()
+    assert "Tiny student" in (folders.ASSETS / "student" / "README.md").read_text()
     assert torch.equal(
-        zoo.load(zoo.ASSETS / "student").mid_block.mlp.fc1.weight,
-        zoo.load(tiny_recipes / "student/model").mid_block.mlp.fc1.weight,
+        folders.load(folders.ASSETS / "student").mid_block.mlp.fc1.weight,
+        folders.load(tiny_recipes / "student/model").mid_block.mlp.fc1.weight,
     )
     again = [state.stage for state in experiment.reproduce("student", tiny_recipes, PROTOCOL)]
     assert again == ["done"]  # a finished run is not repeated ...
@@ -64,20 +70,20 @@ def test_pruned_models_are_made_by_recipe(tiny_recipes, monkeypatch, reinit):
     base = UViTModel(**TINY)
     base.register_to_config(noise_schedule=SCHEDULE)
     torch.nn.init.normal_(base.final_layer.weight)
-    zoo.save(base, tiny_recipes / "teacher" / "model")
+    folders.save(base, tiny_recipes / "teacher" / "model")
     stages = [state.stage for state in until_sampled("pruned", tiny_recipes)]
     assert set(stages[:-1]) == {"importance"}
-    pruned = zoo.load(tiny_recipes / "pruned" / "model")
+    pruned = folders.load(tiny_recipes / "pruned" / "model")
     kept = structure.channels(pruned.config.pruning["mid_block.mlp.fc1"]["out"], 64)
     assert len(kept) == 32 and pruned.mid_block.attn.num_heads == 1 and pruned.config.noise_schedule
     same = torch.equal(pruned.mid_block.mlp.fc1.weight, base.mid_block.mlp.fc1.weight.half().float()[kept])
     assert same != reinit
     shutil.rmtree(tiny_recipes / "pruned")
     assert [state.stage for state in until_sampled("pruned", tiny_recipes)] == ["sample"]  # the gradients were kept
-    assert zoo.load(tiny_recipes / "pruned" / "model").config.pruning == pruned.config.pruning
+    assert folders.load(tiny_recipes / "pruned" / "model").config.pruning == pruned.config.pruning
     shutil.rmtree(tiny_recipes / "pruned")
     torch.nn.init.normal_(base.mid_block.mlp.fc1.weight)
-    zoo.save(base, tiny_recipes / "teacher" / "model")  # another teacher has others
+    folders.save(base, tiny_recipes / "teacher" / "model")  # another teacher has others
     assert {state.stage for state in until_sampled("pruned", tiny_recipes)} == {"importance", "sample"}
 
 
@@ -115,7 +121,7 @@ def test_processes_share_a_recipe(tmp_path):
     found = []
     for count in (1, 2):
         out = tmp_path / str(count)
-        zoo.save(base, out / "teacher" / "model")
+        folders.save(base, out / "teacher" / "model")
         told = ranks.ended(ranks.start(count, out / "told", carry_out, out), out / "told")
         assert all(code == 0 for code, _ in told), told
         assert [bool(printed) for _, printed in told] == [True, False][:count]
@@ -124,7 +130,7 @@ def test_processes_share_a_recipe(tmp_path):
         curve = [(point["step"], point["n"]) for point in result["curve"]]
         assert result["scores"]["n"] == 30 and curve == [(0, 20), (2, 20), (6, 20)]
         assert len((out / "pruned" / "log.jsonl").read_text().splitlines()) == 1
-        found.append((result, zoo.load(out / "pruned" / "model")))
+        found.append((result, folders.load(out / "pruned" / "model")))
     (one, whole), (two, shared) = found
     assert two["curve"] == [pytest.approx(point, rel=1e-2) for point in one["curve"]]
     assert whole.config.pruning == shared.config.pruning and whole.config.pruning
@@ -247,7 +253,7 @@ def test_student_that_is_not_sparse_is_not_scored(tiny_recipes):
     model = UViTModel(**TINY)
     model.register_to_config(noise_schedule=SCHEDULE)
     experiment._note_settings(tiny_recipes / "student", TRAIN)
-    zoo.save(model, tiny_recipes / "student" / "model")
+    folders.save(model, tiny_recipes / "student" / "model")
     with pytest.raises(ValueError, match=r"in_blocks\.0\.attn\.qkv is not 2:4"):
         next(experiment.reproduce("student", tiny_recipes, PROTOCOL))
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sparsedm
-from sparsedm import export, kernels, layers, nm, packed
+from sparsedm.checkpoints import export, folders
 from sparsedm.cli import main
-from sparsedm.models import zoo
+from sparsedm.masking import layers, nm
+from sparsedm.packing import kernels, packed
 
 STATES = ["dense", "sparse training", "folded", "packed"]
 
@@ -364,7 +365,7 @@ def test_folders_of_any_model_are_loaded_as_the_plain_model(make_model, call, fo
     loaded = sparsedm.load(tmp_path / "folder")
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in plain.state_dict().items())
     assert torch.equal(call(loaded), call(plain))
-    assert (tmp_path / "folder" / (zoo.PACKED if format == "packed" else zoo.WEIGHTS)).exists()
+    assert (tmp_path / "folder" / (folders.PACKED if format == "packed" else folders.WEIGHTS)).exists()
 
 
 def test_default_types(make_model, tmp_path):
@@ -405,10 +406,10 @@ def cli(tmp_path, monkeypatch, capsys):
 def test_the_command_writes_every_format(uvit, exporter, cli, tmp_path):
     sparsedm.save(uvit, tmp_path / "model")
     assert cli("model", "out", "--dtype", "float16") == (0, "out written, as diffusers\n", "")
-    assert {value.dtype for value in load_file(tmp_path / "out" / zoo.WEIGHTS).values()} == {torch.float16}
+    assert {value.dtype for value in load_file(tmp_path / "out" / folders.WEIGHTS).values()} == {torch.float16}
     assert cli("model", "small", "--format", "packed") == (0, "small written, as packed\n", "")
     assert sparsedm.load(tmp_path / "small").norm.weight.shape == (16,)
-    assert (tmp_path / "small" / zoo.PACKED).exists()
+    assert (tmp_path / "small" / folders.PACKED).exists()
     exporter()
     assert cli("model", "m.onnx", "--format", "onnx") == (0, "m.onnx written, as onnx\n", "")
     assert_equals_model(tmp_path / "m.onnx", uvit, inputs_for(2))

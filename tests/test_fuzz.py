@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 
-from sparsedm import diffpruning, layers
-from sparsedm.models import zoo
+from sparsedm.checkpoints import folders
+from sparsedm.masking import layers
 from sparsedm.models.uvit import UViTModel
+from sparsedm.pruning import diffpruning
 
 COUNT = 700
 CONFIG = {"sample_size": 8, "in_channels": 1, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
@@ -50,13 +51,13 @@ def folder(tmp_path):
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_damaged_weights_are_refused_or_read_whole(folder, packed):
     model, path = folder
-    zoo.save(model, path, packed=packed)
-    file = zoo.weights_of(path)
+    folders.save(model, path, packed=packed)
+    file = folders.weights_of(path)
     whole, draw, refused = file.read_bytes(), random.Random(1), 0
     for _ in range(COUNT):
         file.write_bytes(damaged(whole, draw))
         try:
-            back = zoo.load(path)
+            back = folders.load(path)
         except REFUSED as error:
             refused += 1
             assert str(error)
@@ -70,12 +71,12 @@ def test_damaged_indexes_are_refused_or_read_whole(tmp_path):
     torch.manual_seed(0)
     model = UViTModel(**CONFIG)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
-    file = tmp_path / zoo.INDEX
+    file = tmp_path / folders.INDEX
     whole, draw, refused = file.read_bytes(), random.Random(3), 0
     for _ in range(COUNT):
         file.write_bytes(damaged(whole, draw))
         try:
-            back = zoo.load(tmp_path)
+            back = folders.load(tmp_path)
         except REFUSED as error:
             refused += 1
             assert str(error)
@@ -87,14 +88,14 @@ def test_damaged_indexes_are_refused_or_read_whole(tmp_path):
 def test_damaged_configs_and_records_are_refused_or_give_a_model_of_these_weights(tmp_path):
     torch.manual_seed(0)
     pruned = diffpruning.prune(UViTModel(**CONFIG), 0.5, score="random")
-    zoo.save(pruned, tmp_path / "model")
-    file = tmp_path / "model" / zoo.CONFIG
+    folders.save(pruned, tmp_path / "model")
+    file = tmp_path / "model" / folders.CONFIG
     whole, draw, refused = file.read_bytes(), random.Random(2), 0
     assert "pruning" in json.loads(whole)
     for _ in range(COUNT):
         file.write_bytes(damaged(whole, draw))
         try:
-            back = zoo.load(tmp_path / "model")
+            back = folders.load(tmp_path / "model")
         except REFUSED as error:
             refused += 1
             assert str(error)

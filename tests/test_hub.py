@@ -8,8 +8,8 @@ import torch
 import yaml
 
 import sparsedm
-from sparsedm import hub, layers
-from sparsedm.models import zoo
+from sparsedm.checkpoints import folders, hub
+from sparsedm.masking import layers
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def site(monkeypatch, tmp_path):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["glyphs-uvit-2x4", "glyphs-unet-diffpruned"])
 def test_what_is_pushed_is_pulled(site, packed, name):
-    model = zoo.load(name)
+    model = folders.load(name)
     told = {"scores": {"FD-glyph (n = 10,000)": 1.612345}, "recipe": {"steps": 5000, "lr": 1e-3}, "note": "Made so."}
     url = hub.push(model, "me/some", packed=packed, latency=packed, **told, token="secret")
     assert url == "https://huggingface.co/me/some"

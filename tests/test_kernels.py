@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from sparsedm import kernels, nm, packed, speed
-from sparsedm.kernels import build
+from sparsedm.masking import nm
+from sparsedm.measure import speed
+from sparsedm.packing import kernels, packed
+from sparsedm.packing.kernels import build
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler for the packed kernels")
 

@@ -6,8 +6,10 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 
-from sparsedm import data, distill, latents
+from sparsedm import data
+from sparsedm.data import latents
 from sparsedm.models.uvit import UViTModel
+from sparsedm.training import distill
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparsedm
-from sparsedm import layers, nm, training
+from sparsedm.checkpoints import folders
 from sparsedm.diffusion import make_scheduler
-from sparsedm.layers import densify, fold, folded, mask_change, masks, nm_layers, set_pattern, sparsify, weight_layers
-from sparsedm.models import zoo
+from sparsedm.masking import layers, nm
+from sparsedm.masking.layers import densify, fold, folded, mask_change, masks, nm_layers, set_pattern, sparsify, weight_layers
+from sparsedm.training import checkpoint
 
 KINDS = {
     "linear": (lambda: nn.Linear(16, 5), F.linear, (3, 16)),
@@ -199,8 +200,8 @@ def test_a_subclass_has_the_defaults_of_its_parent(make_model):
         assert [name for name, _ in nm_layers(mine)] == [name for name, _ in nm_layers(model)]
         notes = ([row.note for row in sparsedm.report(each).rows] for each in (fold(model), fold(mine)))
         assert next(notes) == next(notes)
-    config = training.TrainConfig(steps=1, optimizer="muon")
-    groups = ([len(o.param_groups[0]["params"]) for o in training._make_optimizers(each, config)] for each in (model, mine))
+    config = checkpoint.TrainConfig(steps=1, optimizer="muon")
+    groups = ([len(o.param_groups[0]["params"]) for o in checkpoint._make_optimizers(each, config)] for each in (model, mine))
     assert next(groups) == next(groups)
     assert layers.default_exclude(nn.Linear) == ()
 
@@ -333,8 +334,8 @@ def test_saving_a_pipeline_with_a_training_model_writes_the_folded_weights(make_
 
 def test_zoo_save_of_a_training_model_writes_the_folded_weights(model, tmp_path):
     before = _snapshot(sparsify(model))
-    zoo.save(model, tmp_path / "out", dtype=torch.float32)
-    _assert_folder_is_folded(model, zoo.load(tmp_path / "out"))
+    folders.save(model, tmp_path / "out", dtype=torch.float32)
+    _assert_folder_is_folded(model, folders.load(tmp_path / "out"))
     assert not _differences(before, model) and next(nm_layers(model), None)
 
 
@@ -347,9 +348,9 @@ def test_saving_an_inner_model_that_was_sparsified_through_its_wrapper_is_folded
 
 @pytest.mark.parametrize("name", ["glyphs-uvit", "glyphs-unet"])
 def test_noise_schedule_survives_save_pretrained(name, tmp_path):
-    model = fold(sparsify(zoo.load(name)))
+    model = fold(sparsify(folders.load(name)))
     model.save_pretrained(tmp_path)
-    before, after = (make_scheduler("ddim", m) for m in (model, zoo.load(tmp_path)))
+    before, after = (make_scheduler("ddim", m) for m in (model, folders.load(tmp_path)))
     assert after.config.prediction_type == before.config.prediction_type == "v_prediction"
     assert torch.equal(after.betas, before.betas)
 
@@ -395,9 +396,9 @@ def test_report_of_a_model_that_tells_no_input_shape_has_no_macs_unless_inputs_a
 
 
 def test_report_of_a_model_from_a_file_says_why_layers_are_dense():
-    notes = {row.name: row.note for row in sparsedm.report(zoo.load("glyphs-uvit-2x4")).rows}
+    notes = {row.name: row.note for row in sparsedm.report(folders.load("glyphs-uvit-2x4")).rows}
     assert notes["decoder_pred"] == "excluded by rule decoder_pred" and notes["mid_block.mlp.fc1"] == ""
-    assert not any(row.note for row in sparsedm.report(zoo.load("glyphs-uvit")).rows)
+    assert not any(row.note for row in sparsedm.report(folders.load("glyphs-uvit")).rows)
 
 
 def test_frozen_masks_stay_while_others_follow_the_weights():

@@ -8,16 +8,17 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsedm import dryrun, macs
-from sparsedm.layers import fold, sparsify
-from sparsedm.models import zoo
+from sparsedm.checkpoints import folders
+from sparsedm.masking.layers import fold, sparsify
+from sparsedm.measure import macs
+from sparsedm.models import dryrun, papers
 
 
 @pytest.fixture
 def small():
     """U-ViT-S/2 for CIFAR-10 without storage."""
     with torch.device("meta"):
-        return zoo.build("uvit-s2-cifar10")
+        return papers.build("uvit-s2-cifar10")
 
 
 def _g(value):
@@ -113,6 +114,6 @@ def test_a_model_without_input_shape_asks_for_inputs():
 
 
 def test_bundled_students_save_close_to_half_of_the_linear_macs():
-    for name in (n for n in zoo.bundled() if n.endswith("-2x4")):
-        counts = macs.count(zoo.load(name))
+    for name in (n for n in folders.bundled() if n.endswith("-2x4")):
+        counts = macs.count(folders.load(name))
         assert 0.45 < (counts.dense - counts.sparse) / (counts.dense - counts.attention) < 0.5, name

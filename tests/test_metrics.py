@@ -7,8 +7,9 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from sparsedm import data, metrics
-from sparsedm.models import zoo
+from sparsedm import data
+from sparsedm.checkpoints import folders
+from sparsedm.measure import metrics
 
 HALF = 2048
 
@@ -111,7 +112,7 @@ def test_classifier_reads_real_glyphs_as_well_as_its_result_says(glyphs):
     images, labels = glyphs
     assert metrics.readability(images, labels) > 0.995
     assert metrics.readability(data.to_uint8(images), labels) == metrics.readability(images, labels)
-    stated = json.loads((zoo.ASSETS / "results" / "glyph-classifier.json").read_text())["accuracy"]
+    stated = json.loads((folders.ASSETS / "results" / "glyph-classifier.json").read_text())["accuracy"]
     assert metrics.readability(images, labels) == pytest.approx(stated, abs=0.003)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.sparse import _semi_structured_conversions as torch_conversions
 
-from sparsedm import nm
-from sparsedm.nm import NMPattern
+from sparsedm.masking import nm
+from sparsedm.masking.nm import NMPattern
 
 PATTERNS = ["1:2", "2:4", "1:4", "3:4", "4:8", "7:8", "15:16", "31:32", "5:64"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sparsedm
-from sparsedm import dryrun, kernels, layers, macs, nm, packed, tuning
+from sparsedm.masking import layers, nm
+from sparsedm.measure import macs
+from sparsedm.models import dryrun
+from sparsedm.packing import kernels, packed, tuning
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler for the packed kernels")
 

@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import sparsedm
-from sparsedm import layers, nm, packing
-from sparsedm.models import zoo
+from sparsedm.checkpoints import folders
+from sparsedm.masking import layers, nm
+from sparsedm.packing import tensors
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "4:8", "3:5", "7:8", "5:16", "15:16", "5:64"]
 
@@ -25,36 +26,36 @@ def sparse(pattern: str, shape: tuple[int, ...], dtype: torch.dtype = torch.floa
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_round_trip_is_exact(pattern, rest, dtype):
     weight = sparse(pattern, (7, 3 * nm.NMPattern.parse(pattern).m, *rest), dtype)
-    values, positions = packing.pack(weight, pattern)
-    again = packing.unpack(values, positions, pattern, weight.shape)
+    values, positions = tensors.pack(weight, pattern)
+    again = tensors.unpack(values, positions, pattern, weight.shape)
     assert again.dtype == dtype and torch.equal(again, weight)
     assert values.numel() == weight.numel() * nm.NMPattern.parse(pattern).density
 
 
 def test_layout_by_hand():
     weight = torch.tensor([[0.0, 5.0, 0.0, -6.0, 7.0, 0.0, 0.0, 0.0]])
-    values, positions = packing.pack(weight, "2:4")
+    values, positions = tensors.pack(weight, "2:4")
     assert values.tolist() == [[5.0, -6.0, 7.0, 0.0]]
     assert positions.tolist() == [0b01_00_11_01]  # 1, 3, then 0 and the first zero, 1
 
 
 def test_negative_zeros_become_positive_ones():
     weight = torch.tensor([[-0.0, 1.0, -0.0, 2.0]])
-    again = packing.unpack(*packing.pack(weight, "2:4"), "2:4", weight.shape)
+    again = tensors.unpack(*tensors.pack(weight, "2:4"), "2:4", weight.shape)
     assert torch.equal(again, weight) and not torch.signbit(again).any()
 
 
 def test_weight_that_is_not_sparse_is_refused_not_cut():
     with pytest.raises(ValueError, match="is not 2:4: 2 groups"):
-        packing.pack(torch.ones(2, 4), "2:4")
+        tensors.pack(torch.ones(2, 4), "2:4")
 
 
 def test_bundled_students_take_nine_sixteenths_and_load_equal(tmp_path):
-    for name in (n for n in zoo.bundled() if n.endswith("-2x4")):
+    for name in (n for n in folders.bundled() if n.endswith("-2x4")):
         model = sparsedm.load(name)
         sparsedm.save_packed(model, tmp_path / name)
-        dense = (zoo.ASSETS / name / zoo.WEIGHTS).stat().st_size
-        assert (tmp_path / name / zoo.PACKED).stat().st_size < 0.6 * dense
+        dense = (folders.ASSETS / name / folders.WEIGHTS).stat().st_size
+        assert (tmp_path / name / folders.PACKED).stat().st_size < 0.6 * dense
         loaded = sparsedm.load(tmp_path / name)
         assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
         assert loaded.config.noise_schedule == model.config.noise_schedule
@@ -70,15 +71,15 @@ def test_sparse_training_model_is_folded_when_packed(make_model, tmp_path):
 
 def test_patterns_that_would_grow_stay_dense(make_model, tmp_path):
     sparsedm.save_packed(layers.sparsify(make_model("uvit"), "7:8"), tmp_path / "packed")
-    with safe_open(tmp_path / "packed" / zoo.PACKED, "pt") as file:
-        assert not any(name.endswith(packing.VALUES) for name in file.keys())  # noqa: SIM118
+    with safe_open(tmp_path / "packed" / folders.PACKED, "pt") as file:
+        assert not any(name.endswith(tensors.VALUES) for name in file.keys())  # noqa: SIM118
 
 
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "packed.safetensors"
     state = {"a.weight": sparse("2:4", (8, 16)), "a.bias": torch.randn(8), "steps": torch.tensor(3)}
-    packing.write(path, state, {"a.weight": nm.NMPattern(2, 4)})
+    tensors.write(path, state, {"a.weight": nm.NMPattern(2, 4)})
     return path
 
 
@@ -117,11 +118,11 @@ def _edit_layer(metadata, **changes):
 def test_damage_is_refused_by_name(file, change, fragment):
     rewrite(file, change)
     with pytest.raises(ValueError, match=fragment):
-        packing.read(file)
+        tensors.read(file)
 
 
 def test_any_flipped_or_missing_byte_is_refused_or_harmless(file):
-    whole, expected, random_ = file.read_bytes(), packing.read(file), random.Random(0)
+    whole, expected, random_ = file.read_bytes(), tensors.read(file), random.Random(0)
     for _ in range(400):
         damaged = bytearray(whole)
         if random_.random() < 0.2:
@@ -130,7 +131,7 @@ def test_any_flipped_or_missing_byte_is_refused_or_harmless(file):
             damaged[random_.randrange(len(damaged))] ^= 1 << random_.randrange(8)
         file.write_bytes(damaged)
         try:
-            state = packing.read(file)
+            state = tensors.read(file)
         except ValueError:
             continue
         assert all(torch.equal(value, expected[name]) for name, value in state.items() if name in expected)
@@ -138,6 +139,6 @@ def test_any_flipped_or_missing_byte_is_refused_or_harmless(file):
 
 
 def test_positions_that_do_not_increase_are_refused():
-    values, positions = packing.pack(sparse("2:4", (4, 8)), "2:4")
+    values, positions = tensors.pack(sparse("2:4", (4, 8)), "2:4")
     with pytest.raises(ValueError, match="increasing"):
-        packing.unpack(values, torch.zeros_like(positions), "2:4", (4, 8))
+        tensors.unpack(values, torch.zeros_like(positions), "2:4", (4, 8))

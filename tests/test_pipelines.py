@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import sparsedm
-from sparsedm import kernels, layers, packed
-from sparsedm.models import zoo
+from sparsedm.checkpoints import folders
+from sparsedm.masking import layers
+from sparsedm.packing import kernels, packed
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler for the packed kernels")
 
@@ -77,4 +78,4 @@ def test_a_packed_denoiser_draws_the_pictures_of_the_folded_one(build, make_mode
     pipeline.save_pretrained(tmp_path)
     again = type(pipeline).from_pretrained(tmp_path)
     torch.testing.assert_close(draw(again, options), expected, rtol=0, atol=1e-4)
-    assert all(torch.equal(value, zoo.load(tmp_path).state_dict()[key]) for key, value in folded.state_dict().items())
+    assert all(torch.equal(value, folders.load(tmp_path).state_dict()[key]) for key, value in folded.state_dict().items())

@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from sparsedm import diffpruning, nm, plots
+from sparsedm import plots
+from sparsedm.masking import nm
+from sparsedm.pruning import diffpruning
 
 
 def crosses(axes) -> set[tuple[int, int]]:

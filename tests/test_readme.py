@@ -11,7 +11,9 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 import sparsedm
-from sparsedm import bench, claims, layers, results, shares, speed
+from sparsedm.experiments import claims, results
+from sparsedm.masking import layers
+from sparsedm.measure import shares, speed, training_cost
 
 ROOT = Path(__file__).parent.parent
 README, SPEED, COMPARISON = ((ROOT / name).read_text() for name in ("README.md", "docs/speed.md", "docs/comparison.md"))
@@ -50,7 +52,7 @@ def test_shares_are_the_stored_ones():
 
 def test_training_cost_is_the_stored_one():
     stored = json.loads((results.RESULTS / "bench-train-step.json").read_text())
-    assert section("bench") == bench.train_step_words(stored)
+    assert section("bench") == training_cost.train_step_words(stored)
 
 
 def test_the_lines_for_an_own_model_and_own_pictures_run(tmp_path, monkeypatch):

@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL, UNet2DModel
 from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 
-from sparsedm import experiment, layers, recipes
-from sparsedm.latents import Latents
-from sparsedm.models import zoo
+from sparsedm.checkpoints import folders
+from sparsedm.data.latents import Latents
+from sparsedm.experiments import experiment, recipes
+from sparsedm.masking import layers
 
 PAPER = {name: found for name, found in recipes.RECIPES.items() if found.suite == "paper"}
 TEACHERS = [name for name, found in PAPER.items() if not found.base]
@@ -95,6 +96,6 @@ def test_teachers_and_students_start_step_save_and_resume(name, trial, tmp_path)
             assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 4]
         result = json.loads((tmp_path / run / "results.json").read_text())
         assert result["train"] == json.loads(json.dumps({**PAPER[run].train, **settings(run)}))
-        model = zoo.load(tmp_path / run / "model")
+        model = folders.load(tmp_path / run / "model")
         assert all(torch.isfinite(p).all() for p in model.parameters())
         assert bool(layers.patterns(model)) == bool(PAPER[run].pattern)

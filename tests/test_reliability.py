@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import sparsedm
-from sparsedm import distill, training
 from sparsedm.models.uvit import UViTModel
+from sparsedm.training import checkpoint, distill
 
 KILLS = 20
 STEPS = 200
@@ -86,13 +86,13 @@ def train_long(folder):
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     (first,) = ranks.start(1, tmp_path / "told", train_long, tmp_path)
-    while not (tmp_path / training.CHECKPOINT).exists() and first.is_alive():
+    while not (tmp_path / checkpoint.CHECKPOINT).exists() and first.is_alive():
         time.sleep(0.01)
     with pytest.raises(BlockingIOError, match="is in use by another run"):
         next(train(tmp_path, 100_000))
     first.kill()
     first.join()
-    (tmp_path / f".{training.CHECKPOINT}.1.tmp").write_text("half")  # as it might have left it
+    (tmp_path / f".{checkpoint.CHECKPOINT}.1.tmp").write_text("half")  # as it might have left it
     again = train(tmp_path, 100_000)
     state = next(again)
     assert state.step > 1 and not list(tmp_path.glob("*.tmp"))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparsedm import claims, evaluation, figures, results
-from sparsedm.recipes import RECIPES, run_name
+from sparsedm.experiments import claims, figures, results
+from sparsedm.experiments.recipes import RECIPES, run_name
+from sparsedm.measure import evaluation
 
 BASE = "glyphs-unet"
 

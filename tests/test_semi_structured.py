@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 import sparsedm
-from sparsedm import dryrun, layers, macs, nm, packed, semi_structured, speed
+from sparsedm.masking import layers, nm
+from sparsedm.measure import macs, speed
+from sparsedm.models import dryrun
+from sparsedm.packing import gpu, packed
 
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -23,7 +26,7 @@ def stand_in(monkeypatch):
     """A GPU of capability 8.0 whose compressed weight is the dense one; yields what was compressed."""
     seen = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", lambda weight: seen.append(weight) or weight.clone())
+    monkeypatch.setattr(gpu, "to_sparse_semi_structured", lambda weight: seen.append(weight) or weight.clone())
     return seen
 
 
@@ -36,7 +39,7 @@ def stand_in(monkeypatch):
 @torch.no_grad()
 def test_computes_as_the_plain_layer_and_unpacks_to_it(stand_in, layer, shape, bias):
     plain, x = sparse(layer(bias)), torch.randn(shape).bfloat16()
-    fast = semi_structured.SemiStructuredLayer(plain, "2:4")
+    fast = gpu.SemiStructuredLayer(plain, "2:4")
     assert [tuple(weight.shape) for weight in stand_in] == [(32, 64)]
     torch.testing.assert_close(fast(x), plain(x), rtol=2**-7, atol=2**-7)
     assert fast(x.to("meta")).shape == plain(x).shape
@@ -47,7 +50,7 @@ def test_computes_as_the_plain_layer_and_unpacks_to_it(stand_in, layer, shape, b
 def test_macs_of_compressed_linear_layers_are_those_of_the_plain_ones(stand_in):
     plain = sparse(nn.Linear(64, 32))
     inputs = {"input": torch.zeros(1, 5, 64, dtype=torch.bfloat16)}
-    fast = nn.Sequential(semi_structured.SemiStructuredLayer(plain, "2:4"))
+    fast = nn.Sequential(gpu.SemiStructuredLayer(plain, "2:4"))
     assert macs.count(fast, inputs).dense == macs.count(nn.Sequential(plain), inputs).dense == 5 * 64 * 32
 
 
@@ -65,17 +68,17 @@ def test_macs_of_compressed_linear_layers_are_those_of_the_plain_ones(stand_in):
 )
 def test_what_torch_would_cut_down_or_cannot_do_is_refused(stand_in, layer, reason):
     with pytest.raises(ValueError, match=reason):
-        semi_structured.SemiStructuredLayer(layer, "2:4")
+        gpu.SemiStructuredLayer(layer, "2:4")
     assert not stand_in
 
 
 def test_old_gpus_and_gradients_are_refused(stand_in, monkeypatch):
-    fast = semi_structured.SemiStructuredLayer(sparse(nn.Linear(64, 32)), "2:4")
+    fast = gpu.SemiStructuredLayer(sparse(nn.Linear(64, 32)), "2:4")
     with pytest.raises(RuntimeError, match="no gradient"):
         fast(torch.randn(2, 64, dtype=torch.bfloat16, requires_grad=True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     with pytest.raises(ValueError, match=r"capability 8\.0"):
-        semi_structured.SemiStructuredLayer(sparse(nn.Linear(64, 32)), "2:4")
+        gpu.SemiStructuredLayer(sparse(nn.Linear(64, 32)), "2:4")
 
 
 @pytest.mark.skipif(not GPU, reason="no NVIDIA GPU of compute capability 8.0")

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import sparsedm
-from sparsedm import blocks, kernels, speed
+from sparsedm.experiments import blocks
+from sparsedm.measure import speed
+from sparsedm.packing import kernels
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler for the packed kernels")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sparsedm import kernels, tuning
+from sparsedm.packing import kernels, tuning
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
 

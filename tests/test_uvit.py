@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from sparsedm.models import zoo
+from sparsedm.models import papers
 from sparsedm.models.uvit import UViTModel, timestep_embedding
 
 
@@ -48,7 +48,7 @@ def _official_shapes(dim, depth, patch, channels, tokens, mlp_ratio=4, classes=N
 ])  # fmt: skip
 def test_names_shapes_and_count_are_the_official_ones(name, expected, parameters):
     with torch.device("meta"):
-        model = zoo.build(name)
+        model = papers.build(name)
     assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == expected
     assert sum(map(math.prod, expected.values())) / 1e6 == pytest.approx(parameters, abs=0.005)
 

@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sparsedm
-from sparsedm import macs, nm
-from sparsedm.files import replacing, replacing_folder
-from sparsedm.layers import nm_layers, sparsify
-from sparsedm.models import zoo
+from sparsedm.checkpoints import folders
+from sparsedm.masking import nm
+from sparsedm.masking.layers import nm_layers, sparsify
+from sparsedm.measure import macs
+from sparsedm.models import papers
+from sparsedm.support.files import replacing, replacing_folder
 
 # papers.md 3.3, 2.2, 2.6, 1.6: published parameters (M), MACs (G), FID; then [calc]: parameters, MACs lin+conv, with attention.
 FIGURES = {
@@ -59,10 +61,10 @@ def _text_inputs(name):
 @pytest.mark.parametrize("name", FIGURES)
 def test_paper_models_have_the_published_size_and_macs(name):
     published_params, published_macs, fid, params, linear, total = FIGURES[name]
-    paper = zoo.PAPER_MODELS[name]
+    paper = papers.PAPER_MODELS[name]
     assert (f"{paper.params_m:g}", float(paper.gmacs), paper.fid) == (published_params, float(published_macs), fid)
     with torch.device("meta"):
-        model = zoo.build(name)
+        model = papers.build(name)
     counted = sum(p.numel() for p in model.parameters()) / 1e6
     counts = macs.count(model, _text_inputs(name))
     _assert_prints_as(counted, published_params, name)
@@ -75,24 +77,24 @@ def test_paper_models_have_the_published_size_and_macs(name):
 
 
 def test_the_table_is_complete():
-    assert set(zoo.PAPER_MODELS) == set(FIGURES)
+    assert set(papers.PAPER_MODELS) == set(FIGURES)
 
 
 def test_build_gives_a_model_in_eval_mode_and_lists_the_known_names():
     with torch.device("meta"):
-        assert not zoo.build("ddpm-cifar10").training
+        assert not papers.build("ddpm-cifar10").training
     with pytest.raises(ValueError, match="unknown paper model 'ddpm'.*uvit-s2-cifar10"):
-        zoo.build("ddpm")
+        papers.build("ddpm")
 
 
 # --- the bundle -------------------------------------------------------------------------------------------------------
 
 
 def test_the_bundle_holds_classifier_teachers_and_students():
-    assert {"glyph-classifier", "glyphs-uvit", "glyphs-unet", "glyphs-uvit-2x4", "glyphs-unet-2x4"} <= set(zoo.bundled())
+    assert {"glyph-classifier", "glyphs-uvit", "glyphs-unet", "glyphs-uvit-2x4", "glyphs-unet-2x4"} <= set(folders.bundled())
 
 
-@pytest.mark.parametrize("name", zoo.bundled())
+@pytest.mark.parametrize("name", folders.bundled())
 def test_bundled_models_load_in_float32_and_eval_mode(name):
     model = sparsedm.load(name)
     assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
@@ -100,11 +102,11 @@ def test_bundled_models_load_in_float32_and_eval_mode(name):
     assert name == "glyph-classifier" or model.config.noise_schedule["prediction_type"] == "v_prediction"
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.bundled() if name.endswith("-2x4")])
+@pytest.mark.parametrize("name", [name for name in folders.bundled() if name.endswith("-2x4")])
 def test_bundled_students_are_2_4_in_every_layer_that_sparsify_converts(name):
-    stored = load_file(zoo.ASSETS / name / zoo.WEIGHTS)
-    model, teacher = zoo.load(name), zoo.load(name.removesuffix("-2x4"))
-    names = [layer for layer, _ in nm_layers(sparsify(zoo.load(name), "2:4"))]
+    stored = load_file(folders.ASSETS / name / folders.WEIGHTS)
+    model, teacher = folders.load(name), folders.load(name.removesuffix("-2x4"))
+    names = [layer for layer, _ in nm_layers(sparsify(folders.load(name), "2:4"))]
     assert len(names) >= 20
     for layer in names:
         weight = stored[f"{layer}.weight"]
@@ -124,7 +126,7 @@ def folder(make_model, tmp_path):
     """A saved tiny U-ViT."""
     model = make_model("uvit")
     model.register_to_config(noise_schedule={"num_train_timesteps": 1000, "prediction_type": "v_prediction"})
-    zoo.save(model, tmp_path / "model", card="# a card")
+    folders.save(model, tmp_path / "model", card="# a card")
     return tmp_path / "model"
 
 
@@ -132,28 +134,28 @@ NORM, FP16 = "norm.weight", "diffusion_pytorch_model.fp16.safetensors"
 
 
 def _edit_weights(folder, change):
-    save_file(change(load_file(folder / zoo.WEIGHTS)), folder / zoo.WEIGHTS)
+    save_file(change(load_file(folder / folders.WEIGHTS)), folder / folders.WEIGHTS)
 
 
 def _edit_config(folder, **values):
-    config = json.loads((folder / zoo.CONFIG).read_text())
-    (folder / zoo.CONFIG).write_text(json.dumps(config | values))
+    config = json.loads((folder / folders.CONFIG).read_text())
+    (folder / folders.CONFIG).write_text(json.dumps(config | values))
 
 
 def _truncate(folder):
-    path = folder / zoo.WEIGHTS
+    path = folder / folders.WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])
 
 
 def test_save_and_load_round_trip(folder, make_model):
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["README.md", zoo.CONFIG, zoo.WEIGHTS])
-    loaded, model = zoo.load(folder), make_model("uvit")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["README.md", folders.CONFIG, folders.WEIGHTS])
+    loaded, model = folders.load(folder), make_model("uvit")
     assert loaded.config.noise_schedule == {"num_train_timesteps": 1000, "prediction_type": "v_prediction"}
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
-    zoo.save(model, folder, dtype=torch.float16)
-    assert {value.dtype for value in load_file(folder / zoo.WEIGHTS).values()} == {torch.float16}
+    folders.save(model, folder, dtype=torch.float16)
+    assert {value.dtype for value in load_file(folder / folders.WEIGHTS).values()} == {torch.float16}
     assert all(
-        torch.equal(value.half().float(), zoo.load(folder).state_dict()[name]) for name, value in model.state_dict().items()
+        torch.equal(value.half().float(), folders.load(folder).state_dict()[name]) for name, value in model.state_dict().items()
     )
     assert not (folder / "README.md").exists()  # replaced as a whole
 
@@ -163,31 +165,31 @@ def test_load_takes_a_diffusers_pipeline_folder_with_its_schedule(make_model, tm
 
     model = make_model("unet")
     DDPMPipeline(model, DDPMScheduler(prediction_type="v_prediction", beta_end=0.03)).save_pretrained(tmp_path)
-    loaded = zoo.load(tmp_path)
+    loaded = folders.load(tmp_path)
     assert (loaded.config.noise_schedule["prediction_type"], loaded.config.noise_schedule["beta_end"]) == ("v_prediction", 0.03)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_an_unknown_name_lists_the_bundled_models():
     with pytest.raises(ValueError, match="unknown model 'glyphs-vit'.*glyphs-unet, .*glyphs-uvit-2x4"):
-        zoo.load("glyphs-vit")
+        folders.load("glyphs-vit")
 
 
 @pytest.mark.parametrize("damage, error, fragments", [
-    (_truncate, ValueError, [zoo.WEIGHTS, "safetensors"]),
-    (lambda f: (f / zoo.WEIGHTS).write_bytes(b"not tensors"), ValueError, [zoo.WEIGHTS, "safetensors"]),
-    (lambda f: (f / zoo.WEIGHTS).unlink(), FileNotFoundError, [zoo.WEIGHTS, "missing"]),
-    (lambda f: (f / zoo.WEIGHTS).rename(f / FP16), FileNotFoundError, [zoo.WEIGHTS, f"load {FP16} with diffusers'"]),
-    (lambda f: (f / zoo.CONFIG).unlink(), FileNotFoundError, [zoo.CONFIG, "missing"]),
-    (lambda f: _edit_weights(f, lambda w: {"renamed": w.pop(NORM), **w}), ValueError, [zoo.WEIGHTS, NORM, "renamed"]),
-    (lambda f: _edit_weights(f, lambda w: {k: v for k, v in w.items() if k != NORM}), ValueError, [zoo.WEIGHTS, NORM]),
-    (lambda f: _edit_weights(f, lambda w: {**w, NORM: torch.ones(3)}), ValueError, [zoo.WEIGHTS, NORM, "[3]"]),
-    (lambda f: (f / zoo.CONFIG).write_text("{nothing"), ValueError, [zoo.CONFIG, "JSON"]),
-    (lambda f: _edit_config(f, _class_name="NoSuchModel"), ValueError, [zoo.CONFIG, "'NoSuchModel'"]),
-    (lambda f: _edit_config(f, _class_name="DDPMPipeline"), ValueError, [zoo.CONFIG, "'DDPMPipeline'"]),
-    (lambda f: _edit_config(f, embed_dim=32), ValueError, [zoo.WEIGHTS, "UViTModel", NORM]),
-    (lambda f: (f / zoo.CONFIG).write_text("[]"), ValueError, [zoo.CONFIG]),
-    (lambda f: _edit_config(f, _class_name=None), ValueError, [zoo.CONFIG, "None"]),
+    (_truncate, ValueError, [folders.WEIGHTS, "safetensors"]),
+    (lambda f: (f / folders.WEIGHTS).write_bytes(b"not tensors"), ValueError, [folders.WEIGHTS, "safetensors"]),
+    (lambda f: (f / folders.WEIGHTS).unlink(), FileNotFoundError, [folders.WEIGHTS, "missing"]),
+    (lambda f: (f / folders.WEIGHTS).rename(f / FP16), FileNotFoundError, [folders.WEIGHTS, f"load {FP16} with diffusers'"]),
+    (lambda f: (f / folders.CONFIG).unlink(), FileNotFoundError, [folders.CONFIG, "missing"]),
+    (lambda f: _edit_weights(f, lambda w: {"renamed": w.pop(NORM), **w}), ValueError, [folders.WEIGHTS, NORM, "renamed"]),
+    (lambda f: _edit_weights(f, lambda w: {k: v for k, v in w.items() if k != NORM}), ValueError, [folders.WEIGHTS, NORM]),
+    (lambda f: _edit_weights(f, lambda w: {**w, NORM: torch.ones(3)}), ValueError, [folders.WEIGHTS, NORM, "[3]"]),
+    (lambda f: (f / folders.CONFIG).write_text("{nothing"), ValueError, [folders.CONFIG, "JSON"]),
+    (lambda f: _edit_config(f, _class_name="NoSuchModel"), ValueError, [folders.CONFIG, "'NoSuchModel'"]),
+    (lambda f: _edit_config(f, _class_name="DDPMPipeline"), ValueError, [folders.CONFIG, "'DDPMPipeline'"]),
+    (lambda f: _edit_config(f, embed_dim=32), ValueError, [folders.WEIGHTS, "UViTModel", NORM]),
+    (lambda f: (f / folders.CONFIG).write_text("[]"), ValueError, [folders.CONFIG]),
+    (lambda f: _edit_config(f, _class_name=None), ValueError, [folders.CONFIG, "None"]),
 ], ids=[
     "truncated", "no safetensors", "no weights", "a variant", "no config", "renamed tensor", "missing tensor", "wrong shape",
     "invalid config", "unknown class", "no model class", "config of another size", "config is a list", "no class name",
@@ -195,7 +197,7 @@ def test_an_unknown_name_lists_the_bundled_models():
 def test_a_damaged_folder_is_an_error_that_names_the_file(folder, damage, error, fragments):
     damage(folder)
     with pytest.raises(error) as caught:
-        zoo.load(folder)
+        folders.load(folder)
     assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
 
 
@@ -206,12 +208,12 @@ def test_a_damaged_folder_is_an_error_that_names_the_file(folder, damage, error,
 def shards(make_model, tmp_path):
     """A tiny UNet in at least three files, as diffusers saves large models."""
     make_model("unet").save_pretrained(tmp_path / "shards", max_shard_size="50KB")
-    assert len(list((tmp_path / "shards").glob(zoo.SHARDS))) > 2 and not (tmp_path / "shards" / zoo.WEIGHTS).exists()
+    assert len(list((tmp_path / "shards").glob(folders.SHARDS))) > 2 and not (tmp_path / "shards" / folders.WEIGHTS).exists()
     return tmp_path / "shards"
 
 
 def _shard(folder):
-    return sorted(folder.glob(zoo.SHARDS))[1]
+    return sorted(folder.glob(folders.SHARDS))[1]
 
 
 def _edit_shard(folder, change):
@@ -219,32 +221,32 @@ def _edit_shard(folder, change):
 
 
 def _edit_index(folder, change):
-    index = json.loads((folder / zoo.INDEX).read_text())
-    (folder / zoo.INDEX).write_text(json.dumps({"weight_map": change(index["weight_map"])}))
+    index = json.loads((folder / folders.INDEX).read_text())
+    (folder / folders.INDEX).write_text(json.dumps({"weight_map": change(index["weight_map"])}))
 
 
 def test_a_split_folder_is_read_measured_and_replaced(shards, make_model):
     model = make_model("unet")
-    loaded = zoo.load(shards)
+    loaded = folders.load(shards)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
-    assert zoo.bytes_of(shards) >= sum(4 * p.numel() for p in model.parameters())
-    zoo.save(loaded, shards)
-    assert {path.name for path in shards.iterdir()} == {zoo.CONFIG, zoo.WEIGHTS}
-    assert zoo.bytes_of(shards) == (shards / zoo.WEIGHTS).stat().st_size
+    assert folders.bytes_of(shards) >= sum(4 * p.numel() for p in model.parameters())
+    folders.save(loaded, shards)
+    assert {path.name for path in shards.iterdir()} == {folders.CONFIG, folders.WEIGHTS}
+    assert folders.bytes_of(shards) == (shards / folders.WEIGHTS).stat().st_size
 
 
 @pytest.mark.parametrize("damage, error, fragments", [
-    (lambda f: _shard(f).unlink(), FileNotFoundError, ["-00002-of-", "is missing", zoo.INDEX]),
+    (lambda f: _shard(f).unlink(), FileNotFoundError, ["-00002-of-", "is missing", folders.INDEX]),
     (lambda f: _shard(f).write_bytes(_shard(f).read_bytes()[:-10]), ValueError, ["-00002-of-", "safetensors"]),
     (lambda f: _edit_shard(f, lambda w: {**w, "more": torch.ones(3)}), ValueError, ["-00002-of-", "more is not listed"]),
     (lambda f: _edit_shard(f, lambda w: dict([*w.items()][1:])), ValueError, ["-00002-of-", "is missing"]),
-    (lambda f: _edit_index(f, lambda m: dict([*m.items()][1:])), ValueError, ["is not listed in", zoo.INDEX]),
-    (lambda f: _edit_index(f, lambda m: {**m, "x": "../../x.safetensors"}), ValueError, [zoo.INDEX, "beside it"]),
-    (lambda f: _edit_index(f, lambda m: {**m, "x": "config.json"}), ValueError, [zoo.INDEX, "beside it"]),
-    (lambda f: _edit_index(f, lambda m: 3), ValueError, [zoo.INDEX, "not an index"]),
-    (lambda f: (f / zoo.INDEX).write_text("{nothing"), ValueError, [zoo.INDEX, "not an index"]),
-    (lambda f: save_file({"x": torch.ones(1)}, f / zoo.WEIGHTS), ValueError, ["holds both", zoo.INDEX, "remove"]),
-    (lambda f: (f / zoo.INDEX).unlink(), FileNotFoundError, [zoo.WEIGHTS, "is missing"]),
+    (lambda f: _edit_index(f, lambda m: dict([*m.items()][1:])), ValueError, ["is not listed in", folders.INDEX]),
+    (lambda f: _edit_index(f, lambda m: {**m, "x": "../../x.safetensors"}), ValueError, [folders.INDEX, "beside it"]),
+    (lambda f: _edit_index(f, lambda m: {**m, "x": "config.json"}), ValueError, [folders.INDEX, "beside it"]),
+    (lambda f: _edit_index(f, lambda m: 3), ValueError, [folders.INDEX, "not an index"]),
+    (lambda f: (f / folders.INDEX).write_text("{nothing"), ValueError, [folders.INDEX, "not an index"]),
+    (lambda f: save_file({"x": torch.ones(1)}, f / folders.WEIGHTS), ValueError, ["holds both", folders.INDEX, "remove"]),
+    (lambda f: (f / folders.INDEX).unlink(), FileNotFoundError, [folders.WEIGHTS, "is missing"]),
 ], ids=[
     "missing file", "truncated", "further tensor", "missing tensor", "unlisted tensor", "outside the folder", "no safetensors",
     "no map", "invalid index", "both", "no index",
@@ -252,7 +254,7 @@ def test_a_split_folder_is_read_measured_and_replaced(shards, make_model):
 def test_a_damaged_split_folder_is_an_error_that_names_the_file(shards, damage, error, fragments):
     damage(shards)
     with pytest.raises(error) as caught:
-        zoo.load(shards)
+        folders.load(shards)
     assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
 
 
@@ -264,13 +266,13 @@ def test_a_save_that_fails_midway_leaves_the_previous_folder(folder, make_model,
         path.write_bytes(b"half")
         raise failure
 
-    monkeypatch.setattr(zoo, "save_file", half)
+    monkeypatch.setattr(folders, "save_file", half)
     with pytest.raises(type(failure)) as caught:
-        zoo.save(make_model("uvit", depth=2), folder)
+        folders.save(make_model("uvit", depth=2), folder)
     assert isinstance(failure, KeyboardInterrupt) or "untouched" in str(caught.value)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
-    zoo.load(folder)
+    folders.load(folder)
 
 
 def _save_folder(path, tensor):

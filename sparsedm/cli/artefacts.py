@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..models import zoo
+from ..checkpoints import folders
 from .common import Data, Device, Json, Model, Seed, Vae, autoencoder, bars, free, on, outcome, settings, show
 
 Sampler = Annotated[str, typer.Option(help="ddim, ddpm or dpm++.")]
@@ -21,15 +21,17 @@ def info(
     json: Json = False,
 ) -> None:
     """What a model is: layers, verified patterns, MACs, bytes. Example: python -m sparsedm info glyphs-uvit-2x4"""
-    from .. import convert, layers, reporting
+    from ..checkpoints import convert
+    from ..masking import layers
+    from ..measure import reporting
 
     path = Path(model)
-    if path.is_file() and (path.parent / zoo.CONFIG).exists():  # a file of a model folder
+    if path.is_file() and (path.parent / folders.CONFIG).exists():  # a file of a model folder
         model = path.parent
     if Path(model).is_file():
         loaded, size = convert.load(model), path.stat().st_size
     else:
-        loaded, path, size = zoo.load(model), zoo.weights_of(model), zoo.bytes_of(model)
+        loaded, path, size = folders.load(model), folders.weights_of(model), folders.bytes_of(model)
     report, parameters = reporting.report(loaded), sum(p.numel() for p in loaded.parameters())
     counts = {"dense": report.dense_macs, "sparse": report.sparse_macs}
     found = {
@@ -63,9 +65,15 @@ def generate(
 
     import torch
 
-    from .. import data, diffusion, evaluation, latents, layers, packed, plots, processes, runlog
+    from .. import data, diffusion, plots
+    from ..data import latents
+    from ..masking import layers
+    from ..measure import evaluation
+    from ..packing import packed
+    from ..support import processes
+    from ..training import runlog
 
-    loaded = zoo.load(model).to(on(device))
+    loaded = folders.load(model).to(on(device))
     decoder = autoencoder(vae, loaded.device)
     evaluation.check_decoder(loaded, decoder)
     if pack and layers.patterns(loaded):
@@ -118,11 +126,12 @@ def evaluate(
     """Score a model's pictures. Example: python -m sparsedm evaluate glyphs-uvit-2x4 scores --n 2048 --base glyphs-uvit"""
     import json as json_module
 
-    from .. import evaluation, processes
-    from ..recipes import Protocol
+    from ..experiments.recipes import Protocol
+    from ..measure import evaluation
+    from ..support import processes
 
     protocol, others = Protocol(n, sampler, steps, guidance, seed, batch_size, precision), None
-    loaded = zoo.load(model).to(on(device))
+    loaded = folders.load(model).to(on(device))
     decoder = autoencoder(vae, loaded.device)
     evaluation.check(n, data, inception)
     evaluation.check_model(loaded, data, base, inception)
@@ -130,7 +139,7 @@ def evaluate(
     with processes.claimed(out):
         images = show("model", evaluation.sample(loaded, out, protocol, dataset=data, vae=decoder), json)
         if base:
-            other = zoo.load(base).to(loaded.device)
+            other = folders.load(base).to(loaded.device)
             others = show("base", evaluation.sample(other, out / "base", protocol, dataset=data, vae=decoder), json)
     if not processes.is_main():
         return
@@ -152,9 +161,9 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a model for other programs. Example: python -m sparsedm export glyphs-unet-2x4 unet.onnx --format onnx"""
-    from .. import export as exporting
+    from ..checkpoints import export as exporting
 
-    exporting.write(zoo.load(model), out, format, dtype, batch=batch)
+    exporting.write(folders.load(model), out, format, dtype, batch=batch)
     outcome({"model": str(out), "format": format}, json, f"{out} written, as {format}")
 
 
@@ -170,11 +179,11 @@ def convert(
     json: Json = False,
 ) -> None:
     """Make a model folder of an official checkpoint. Example: python -m sparsedm convert nnet_ema.pth uvit"""
-    from .. import convert as converting
+    from ..checkpoints import convert as converting
 
     free(out)
     model = converting.load(checkpoint, **settings(set_))
-    zoo.save(model, out)
+    folders.save(model, out)
     parameters = sum(p.numel() for p in model.parameters())
     found = {"model": str(out), "class": type(model).__name__, "parameters": parameters}
     outcome(found, json, f"{out} written: {found['class']}, {parameters:,} parameters")

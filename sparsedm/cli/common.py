@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from .. import processes
-from ..models import zoo
+from ..checkpoints import folders
+from ..models import papers
+from ..support import processes
 
 Model = Annotated[str, typer.Argument(help="A bundled model's name or a model folder.")]
 Data = Annotated[str, typer.Option(help="glyphs, glyphs-rgb, digits, cifar10, celeba, lsun-..., folder:PATH or latents:PATH.")]
@@ -125,10 +126,10 @@ def autoencoder(folder: str, device: torch.device) -> nn.Module | None:
 
 def load_or_build(name: str, seed: int = 0) -> nn.Module:
     """A bundled model, a model folder, or a paper's configuration with fresh weights."""
-    if name in zoo.PAPER_MODELS:
+    if name in papers.PAPER_MODELS:
         torch.manual_seed(seed)
-        return zoo.build(name)
-    return zoo.load(name)
+        return papers.build(name)
+    return folders.load(name)
 
 
 def outcome(found: dict, as_json: bool, text: str) -> None:

@@ -32,7 +32,7 @@ def reproduce(
     json: Json = False,
 ) -> None:
     """Train, save and score experiments. Example: python -m sparsedm reproduce glyphs-uvit-2x4"""
-    from sparsedm import experiment, recipes
+    from sparsedm.experiments import experiment, recipes
 
     if name == "list":
         known = {each: f"{found.suite}: {found.title}" for each, found in recipes.RECIPES.items()}
@@ -62,7 +62,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Print the stored results as tables and draw them. Example: python -m sparsedm compare --figures figures"""
-    from sparsedm import claims, results
+    from sparsedm.experiments import claims, results
 
     tables = {"headline": results.headline_table, "claims": claims.table}
     tables |= {base: functools.partial(results.short_table, base) for base in results.bases()}
@@ -75,7 +75,7 @@ def compare(
     else:
         print("\n\n".join(tables[name]() for name in chosen))
     if figures:
-        from sparsedm.figures import draw
+        from sparsedm.experiments.figures import draw
 
         for base in results.bases():
             for path in draw(base, figures, runs if runs.is_dir() else None):
@@ -85,7 +85,7 @@ def compare(
 
 def _runs(table: str) -> list[dict]:
     """The stored runs of "headline", or of one teacher: its short ones, or those of the papers' size."""
-    from sparsedm import results
+    from sparsedm.experiments import results
 
     suite = "short" if table in results.bases() else "paper"
     rows = results.load("headline") if table == "headline" else results.load(suite, table)
@@ -94,7 +94,7 @@ def _runs(table: str) -> list[dict]:
 
 def _verdicts() -> dict[str, list[dict]]:
     """The verdicts on all claims, by teacher."""
-    from sparsedm import claims, results
+    from sparsedm.experiments import claims, results
 
     found = {base: zip(claims.CLAIMS, claims.verdicts(base)) for base in results.bases()}
     return {
@@ -129,8 +129,9 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure this machine: what packing gains, what masks cost. Example: python -m sparsedm bench --what layers"""
-    from sparsedm import bench as training
-    from sparsedm import results, shares, speed
+    from sparsedm.experiments import results, timing
+    from sparsedm.measure import shares, speed
+    from sparsedm.measure import training_cost as training
 
     place = on(device)
     kinds = (dtypes or ("float32" if place.type == "cpu" else "bfloat16")).split(",")
@@ -141,7 +142,7 @@ def bench(
         rows = speed.measure_steps(names, [int(n) for n in batches.split(",")], kinds, counts, compile, device=place)
     elif what == "methods":
         made = [name for name in results.timed_recipes() if (runs / name / "model").is_dir()]
-        rows = speed.measure_methods(runs, made, dtypes=kinds, threads=counts, device=place)
+        rows = timing.measure_methods(runs, made, dtypes=kinds, threads=counts, device=place)
     elif what in ("shares", "train-step", "masks") and place.type != "cpu":
         raise ValueError(f"{what} is measured on the CPU, not on {place}; leave out --device")
     elif what == "shares":

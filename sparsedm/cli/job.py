@@ -13,10 +13,12 @@ import torch
 import typer
 from torch import nn
 
-from .. import files, layers, processes, runlog
-from ..distill import TrainState
-from ..models import zoo
-from ..training import CHECKPOINT
+from ..checkpoints import folders
+from ..masking import layers
+from ..support import files, processes
+from ..training import runlog
+from ..training.checkpoint import CHECKPOINT
+from ..training.distill import TrainState
 from .common import Data, Device, Half, Json, Seed, Set, Stopped, bars, on, outcome, settings, stoppable
 
 
@@ -52,7 +54,7 @@ class Job:
             ValueError: the folder holds a run and `resume` was not asked for, or the other way round.
             Stopped: by Ctrl-C; a checkpoint was left.
         """
-        dtype, tracker = zoo.dtype_of(self.dtype), runlog.tracker_class(self.track)
+        dtype, tracker = folders.dtype_of(self.dtype), runlog.tracker_class(self.track)
         on(self.device)
         states = train(trained, out=self.out / "train", **self.options)
         began, main, line = time.perf_counter(), processes.is_main(), {}
@@ -93,7 +95,7 @@ class Job:
         if log.tracker:
             log.tracker.finish()
         path = self.out / "model"
-        zoo.save(layers.fold(model), path, dtype)
+        folders.save(layers.fold(model), path, dtype)
         found = {"model": str(path), "loss": line.get("loss"), "seconds": round(seconds, 1)}
         outcome(found, self.json, f"{path} written" + (f"; its loss was {line['loss']:.4f}" if line else ""))
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..models import zoo
+from ..checkpoints import folders
 from .common import Data, Device, Half, Json, Model, Seed, bars, free, load_or_build, on, outcome
 from .job import Job, with_job
 
@@ -23,7 +23,7 @@ def train(
     job: Job,
 ) -> None:
     """Train a dense or a pruned model. Example: python -m sparsedm train ddpm-cifar10 out --data folder:pictures"""
-    from .. import distill
+    from ..training import distill
 
     job.run(distill.train, load_or_build(model, job.seed), model=model)
 
@@ -38,10 +38,11 @@ def finetune(
     exclude: Globs = None,
 ) -> None:
     """Make a sparse student of a dense teacher (SparseDM). Example: python -m sparsedm finetune glyphs-unet out --steps 2000"""
-    from .. import distill, layers
+    from ..masking import layers
+    from ..training import distill
 
-    source = zoo.load(teacher)
-    sparse = zoo.load(student) if student else copy.deepcopy(source)
+    source = folders.load(teacher)
+    sparse = folders.load(student) if student else copy.deepcopy(source)
     layers.sparsify(sparse, pattern, exclude=exclude, decay=decay)
     transfer = functools.partial(distill.finetune, teacher=source)
     job.run(transfer, sparse, teacher=teacher, student=student, pattern=pattern)
@@ -57,12 +58,13 @@ def sparsify(
     json: Json = False,
 ) -> None:
     """Mask a model's weights N:M in one shot, without training. Example: python -m sparsedm sparsify glyphs-unet out"""
-    from .. import layers, reporting
+    from ..masking import layers
+    from ..measure import reporting
 
     free(out)
-    weights = zoo.dtype_of(dtype)
-    sparse = layers.fold(layers.sparsify(zoo.load(model), pattern, exclude=exclude))
-    zoo.save(sparse, out, weights, packed=packed)
+    weights = folders.dtype_of(dtype)
+    sparse = layers.fold(layers.sparsify(folders.load(model), pattern, exclude=exclude))
+    folders.save(sparse, out, weights, packed=packed)
     summary = reporting.report(sparse).summary()
     outcome(
         {"model": str(out), "summary": summary},
@@ -89,11 +91,13 @@ def prune(
 ) -> None:
     """Remove channels (Diff-Pruning); go on with train. Example: python -m sparsedm prune glyphs-unet out --ratio 0.35"""
     from .. import data as data_module
-    from .. import denoisers, diffpruning, macs
+    from ..measure import macs
+    from ..models import denoisers
+    from ..pruning import diffpruning
 
     free(out)
-    weights = zoo.dtype_of(dtype)
-    whole = zoo.load(model).to(on(device))
+    weights = folders.dtype_of(dtype)
+    whole = folders.load(model).to(on(device))
     if score in ("squared", "absolute"):
         images, labels = data_module.stack(data_module.load(data, size=denoisers.picture_size(whole)), n)
         with bars(json) as bar:
@@ -103,7 +107,7 @@ def prune(
                 seen = state.timestep + 1
                 bar.update(task, completed=seen, total=None if state.used else seen, note=f"loss {state.loss:.2f}")
     small = diffpruning.prune(whole, ratio, score=score, round_to=round_to, seed=seed)
-    zoo.save(small, out, weights)
+    folders.save(small, out, weights)
     share = macs.count(small).dense / macs.count(whole).dense
     parameters = [sum(p.numel() for p in each.parameters()) for each in (whole, small)]
     found = {"model": str(out), "macs_share": share, "parameters_before": parameters[0], "parameters": parameters[1]}

@@ -9,7 +9,9 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from .. import data, diffusion, latency, metrics, plots
+from .. import data, diffusion, plots
+from ..measure import metrics
+from ..support import latency
 from . import race
 from .models import Catalogue, Variant
 from .race import Lane, Order

@@ -5,7 +5,9 @@ import functools
 import gradio as gr
 import torch
 
-from .. import layers, nm, plots, reporting
+from .. import plots
+from ..masking import layers, nm
+from ..measure import reporting
 from . import checks, models
 from .models import Catalogue
 from .words import about, said

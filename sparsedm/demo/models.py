@@ -9,8 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import data, denoisers, layers, macs, packed
-from ..models import zoo
+from .. import data
+from ..checkpoints import folders
+from ..masking import layers
+from ..measure import macs
+from ..models import denoisers
+from ..packing import packed
 
 BASES = {"glyphs-uvit": "U-ViT", "glyphs-unet": "UNet"}
 STUDENTS = {"": "dense", "-2x4": "2:4 SparseDM", "-diffpruned": "Diff-Pruning"}
@@ -77,7 +81,7 @@ class Catalogue:
 
     def _load(self, key: str) -> Variant:
         name, _, pattern = key.partition("@")
-        model = zoo.load(self._paths.get(key, name))
+        model = folders.load(self._paths.get(key, name))
         if pattern:
             layers.fold(layers.sparsify(model, pattern))
         model = nn.Module.to(model, self.device)

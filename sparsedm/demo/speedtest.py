@@ -8,8 +8,9 @@ from pathlib import Path
 
 import gradio as gr
 
-from .. import plots, speed
-from ..models import zoo
+from .. import plots
+from ..checkpoints import folders
+from ..measure import speed
 from . import checks
 from .models import BASES
 from .words import about, said
@@ -73,7 +74,7 @@ def build(job: dict) -> None:
         "PyTorch's dense layers against packed ones, in turn, so that both meet the same noise.</p>"
     )
     with gr.Row(elem_classes=["order"]):
-        bundled = [(title, name) for name, title in BASES.items() if name in zoo.bundled()]
+        bundled = [(title, name) for name, title in BASES.items() if name in folders.bundled()]
         base = gr.Radio(bundled, value="glyphs-uvit", label="Model", min_width=160)
         batches = gr.CheckboxGroup(list(BATCHES), value=[1, 16], label="Pictures at a time", min_width=200)
         dtype = gr.Radio(DTYPES, value="float32", label="Numbers", min_width=200)

@@ -3,7 +3,7 @@
 import gradio as gr
 from PIL import Image
 
-from .. import figures, results
+from ..experiments import figures, results
 from . import checks, scatter
 from .models import BASES
 from .words import about, said

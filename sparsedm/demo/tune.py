@@ -12,9 +12,12 @@ import gradio as gr
 import torch
 from torch import nn
 
-from .. import diffusion, distill, layers, macs, metrics, plots
-from ..models import zoo
-from ..recipes import recipe
+from .. import diffusion, plots
+from ..checkpoints import folders
+from ..experiments.recipes import recipe
+from ..masking import layers
+from ..measure import macs, metrics
+from ..training import distill
 from . import checks, race
 from .models import BASES, Catalogue, copy_of
 from .words import about, said, si
@@ -122,7 +125,7 @@ def _page(watched: Watched, aim: torch.Tensor, images: torch.Tensor, steps: int,
 
 def _packed(model: nn.Module, folder: Path, name: str) -> str:
     """A zip file of the student's packed folder."""
-    zoo.save_packed(layers.fold(model), folder / name)
+    folders.save_packed(layers.fold(model), folder / name)
     return shutil.make_archive(str(folder / name), "zip", folder, name)
 
 

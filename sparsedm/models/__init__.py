@@ -1,0 +1,1 @@
+"""What is made sparse: U-ViT, the classes of diffusers, the papers' configurations."""

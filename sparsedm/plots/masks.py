@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from .. import nm
+from ..masking import nm
 from .base import PRUNED, SPARSE_INK, figure, open_frame
 
 

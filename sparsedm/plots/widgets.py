@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import nm
+from ..masking import nm
 from .masks import groups
 
 

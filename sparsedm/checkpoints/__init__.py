@@ -1,0 +1,1 @@
+"""Model folders, packed files, official weights, ONNX, the hub."""

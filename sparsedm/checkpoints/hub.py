@@ -1,0 +1,110 @@
+"""Model folders on the Hugging Face hub: pushed with a card that says what they are, pulled as folders for `sparsedm.load`."""
+
+import copy
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from huggingface_hub import HfApi, snapshot_download
+
+from ..masking import layers
+from ..measure import macs
+from ..models.denoisers import example_inputs
+from ..packing.packed import pack
+from ..support.latency import interleaved
+from . import folders
+
+_FILES = [folders.CONFIG, folders.WEIGHTS, folders.INDEX, folders.SHARDS, folders.PACKED, "README.md"]
+
+
+def push(
+    model: ModelMixin,
+    repo: str,
+    *,
+    packed: bool = False,
+    dtype: torch.dtype | None = torch.float16,
+    scores: Mapping[str, object] | None = None,
+    recipe: Mapping[str, object] | None = None,
+    latency: bool = False,
+    note: str = "",
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """Save the model, folded or `packed`, with a card, and upload the folder to the repository "user/name"; returns its URL.
+
+    Args:
+        scores, recipe, note: for the card: measured values by name, settings by name, and what else there is to say.
+        latency: measure one sampling step on this machine for the card.
+        token: by default that of `hf auth login`.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: the hub refused.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "model")
+        folders.save(model, folder, dtype, packed=packed)
+        saved = folders.load(folder)
+        time = step_time(saved) if latency else ""
+        (folder / "README.md").write_text(card(saved, repo, scores, note, folders.bytes_of(folder), recipe, time))
+        api = HfApi(token=token)
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with sparsedm")
+    return f"https://huggingface.co/{repo}"
+
+
+def pull(repo: str, *, revision: str | None = None, token: str | None = None) -> Path:
+    """Download a repository's model folder into the hub's cache; `sparsedm.load` reads it, and checks packed files."""
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=_FILES, token=token))
+
+
+def step_time(model: ModelMixin, batch: int = 4, rounds: int = 15) -> str:
+    """In words: milliseconds of one call for so many pictures, dense and packed, measured on this machine."""
+    inputs, variants = example_inputs(model, batch), {"dense": model}
+    if layers.patterns(model):
+        variants["packed"] = pack(copy.deepcopy(model), batch=batch)
+    calls = {name: lambda each=each: each(**inputs) for name, each in variants.items()}
+    with torch.no_grad():
+        times = interleaved(calls, rounds=rounds)
+    found = ", ".join(f"{time.median * 1e3:.2f} ms {name}" for name, time in times.items())
+    return (
+        f"One step of {batch} pictures: {found} ({model.device.type}, {platform.machine()}, {torch.get_num_threads()} threads)."
+    )
+
+
+def card(
+    model: ModelMixin,
+    repo: str,
+    scores: Mapping[str, object] | None = None,
+    note: str = "",
+    size: int | None = None,
+    recipe: Mapping[str, object] | None = None,
+    time: str = "",
+) -> str:
+    """A model card (Markdown with the hub's header)."""
+    counts, found = macs.count(model), Counter(map(str, layers.patterns(model).values()))
+    parameters = sum(p.numel() for p in model.parameters())
+    nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
+    patterns = ", ".join(f"{count} layers {pattern}" for pattern, count in found.most_common()) or "dense"
+    pruned = ", channels pruned" if getattr(model.config, "pruning", None) else ""
+    table = ["| score | value |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in (scores or {}).items()), ""]
+    lines = [
+        "---", "library_name: diffusers", "tags: [sparsedm, diffusion, sparse]", "---", "", f"# {repo.split('/')[-1]}", "",
+        *([note, ""] if note else []),
+        f"- {type(model).__name__}: {patterns}{pruned}; the zeros were verified.",
+        f"- {parameters:,} parameters, {nonzero:,} of them not zero" + (f"; {size:,} bytes." if size else "."),
+        f"- MACs per picture and step: {counts.dense:,} dense, {counts.sparse:,} with zeros skipped.",
+        *([f"- {time}"] if time else []),
+        *([f"- Made with {', '.join(f'{name} {value}' for name, value in recipe.items())}."] if recipe else []), "",
+        *(table if scores else []),
+        "```python", "import sparsedm", "from sparsedm import hub", "", f'model = sparsedm.load(hub.pull("{repo}"))',
+        "fast = sparsedm.pack(model)", "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,92 @@
+"""Pictures as an autoencoder's latents: encoded once into a folder, trained on from there, decoded when they are looked at."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
+
+from ..support.files import replacing
+
+NULL = "null.safetensors"
+SHARD = 4096  # pictures per file
+
+
+class Latents(Dataset):
+    """The latents in a folder of safetensors files, read from disk one by one, as (latent [C, h, w] in float32, label).
+
+    Each file has "latents" [n, C, h, w], already scaled, and "labels" [n]; with "encoder_hidden_states" [n, tokens, dim] the
+    second item is the dict of these instead. A further file null.safetensors holds the "encoder_hidden_states" [tokens, dim] of
+    the empty text, for training without text now and then, and for guidance: the attribute `null`, a dict, {} without the file.
+
+    Raises:
+        FileNotFoundError: no such folder, or no safetensors file in it.
+        ValueError: a file that cannot be read, or that lacks latents or labels (named).
+    """
+
+    classes = ()
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        paths = sorted(path for path in self.folder.glob("*.safetensors") if path.name != NULL)
+        if not paths:
+            raise FileNotFoundError(f"{self.folder} holds no latents; sparsedm.data.latents.encode writes them")
+        self._entries = [(path, i) for path in paths for i in range(self._length(path))]
+        self.null = load_file(self.folder / NULL) if (self.folder / NULL).exists() else {}
+        with safe_open(paths[0], "pt") as file:
+            self.channels, _, self.size = file.get_slice("latents").get_shape()[1:]
+
+    @staticmethod
+    def _length(path: Path) -> int:
+        try:
+            with safe_open(path, "pt") as file:
+                missing = {"latents"} - set(file.keys()) or not {"labels", "encoder_hidden_states"} & set(file.keys())
+                if missing:
+                    raise ValueError(f"{path} lacks latents, or their labels or encoder_hidden_states")
+                return file.get_slice("latents").get_shape()[0]
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int):
+        path, i = self._entries[index]
+        with safe_open(path, "pt") as file:
+            latent = file.get_slice("latents")[i : i + 1][0].float()
+            if "encoder_hidden_states" in file.keys():  # noqa: SIM118 - safe_open is no dict
+                return latent, {"encoder_hidden_states": file.get_slice("encoder_hidden_states")[i : i + 1][0].float()}
+            return latent, int(file.get_slice("labels")[i : i + 1][0])
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, dataset: Dataset, folder: str | Path, *, batch_size: int = 32, seed: int = 0) -> Iterator[int]:
+    """Write the scaled latents of pictures in [-1, 1] and their labels to `folder`, in float16; yields how many are done.
+
+    Of each picture one latent is drawn, from (seed, its number) alone. Files that are there already are kept: a run that was
+    killed goes on.
+    """
+    folder, vae = Path(folder), vae.eval()
+    for start in range(0, len(dataset), SHARD):
+        stop, path = min(start + SHARD, len(dataset)), folder / f"{start:08d}.safetensors"
+        if not path.exists():
+            loader = DataLoader(torch.utils.data.Subset(dataset, range(start, stop)), batch_size)
+            latents, labels = [], []
+            for images, some in loader:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + start + sum(map(len, labels)))
+                drawn = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.sample(generator)
+                latents.append((drawn * vae.config.scaling_factor).half().cpu())
+                labels.append(some)
+            with replacing(path) as temporary:
+                save_file({"latents": torch.cat(latents).contiguous(), "labels": torch.cat(labels)}, temporary)
+        yield stop
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """The pictures [n, C, H, W] in [-1, 1] of scaled latents [n, c, h, w]."""
+    latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    return vae.decode(latents).sample.float().clamp(-1, 1)

@@ -1,0 +1,18 @@
+"""Noise schedules and samplers."""
+
+from .samplers import STEP_SEEDS, SampleState, generate, sample, start_noise, step_generators
+from .schedules import (
+    SAMPLERS,
+    add_noise,
+    draw_timesteps,
+    is_flow,
+    make_scheduler,
+    predict_x0,
+    target,
+    training_scheduler,
+)
+
+__all__ = [
+    "SAMPLERS", "STEP_SEEDS", "SampleState", "add_noise", "draw_timesteps", "generate", "is_flow", "make_scheduler",
+    "predict_x0", "sample", "start_noise", "step_generators", "target", "training_scheduler",
+]  # fmt: skip

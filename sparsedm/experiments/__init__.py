@@ -1,0 +1,1 @@
+"""The papers' experiments as data, their results, and the verdicts on their claims."""

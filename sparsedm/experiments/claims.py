@@ -1,0 +1,337 @@
+"""What the two papers claim, and what the stored results say about it here: holds, does not hold, or cannot be told.
+
+Chance counts: a claim holds, or does not, only if a t-test on ln FD-glyph says so, whose deviation from run to run is pooled over
+all methods that have several seeds, of both teachers. Two or three runs alone may agree by luck.
+"""
+
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from scipy import stats
+
+from ..masking import layers
+from ..measure import macs
+from ..models.uvit import UViTModel
+from . import results
+from .recipes import RECIPES, Recipe
+from .results import Row
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
+HALF = 0.55  # MACs that count as half
+CONSISTENT = 0.93  # SSIM that counts as close to the original's picture: that of the Diff-Pruning paper on CIFAR-10
+TOLERANCE = 1.1  # FD-glyph over the dense model's that still counts as the same quality: in the SparseDM paper FID grows so
+FASTER = 1.1
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One of HOLDS, FAILS, OPEN, and the figures that it rests on."""
+
+    word: str
+    figures: str
+
+    def __str__(self) -> str:
+        return f"**{self.word}**: {self.figures}"
+
+
+class Score(NamedTuple):
+    """FD-glyph, and the number of runs that it is the mean of."""
+
+    fd: float
+    runs: float = 1.0
+
+    @classmethod
+    def of(cls, row: Row) -> "Score":
+        return cls(row.fd, len(row.runs))
+
+
+@dataclass(frozen=True)
+class Chance:
+    """Standard deviation of ln FD-glyph from run to run of one method, and the degrees of freedom it was estimated with."""
+
+    deviation: float
+    freedom: int
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Chance":
+        """Pooled over the rows with several runs. Raises KeyError if there is none."""
+        several = [row for row in rows if len(row.runs) > 1]
+        freedom = sum(len(row.runs) - 1 for row in several)
+        if not freedom:
+            raise KeyError("several seeds of a method")
+        squares = sum(_deviation(row) ** 2 * (len(row.runs) - 1) for row in several)
+        return cls(math.sqrt(squares / freedom), freedom)
+
+    def reach(self, a: float = 1.0, b: float = 1.0, sides: int = 2) -> float:
+        """How far apart ln FD-glyph of means of `a` and of `b` runs must be to count as different, or as larger (one side)."""
+        return stats.t.ppf(1 - (1 - CONFIDENCE) / sides, self.freedom) * self.deviation * math.sqrt(1 / a + 1 / b)
+
+    def compare(self, a: Score, b: Score) -> int:
+        """-1 if FD-glyph of `a` is the lower one, 1 if that of `b` is, 0 if the seeds do not allow to tell."""
+        return _sign(math.log(a.fd / b.fd), self.reach(a.runs, b.runs))
+
+    def within(self, a: Score, b: Score) -> int:
+        """-1 if FD-glyph of `a` is at most `TOLERANCE` times that of `b`, 1 if more, 0 if the seeds do not allow to tell."""
+        return _sign(math.log(a.fd / b.fd / TOLERANCE), self.reach(a.runs, b.runs, sides=1))
+
+
+def _deviation(row: Row) -> float:
+    """The standard deviation of ln FD-glyph over the runs of one method."""
+    return statistics.stdev(math.log(run["scores"]["fd_glyph"]) for run in row.runs)
+
+
+def _sign(gap: float, reach: float) -> int:
+    return 0 if abs(gap) <= reach else int(math.copysign(1, gap))
+
+
+def chance() -> Chance:
+    """What the stored results of both suites tell about chance. Raises KeyError if no method has several seeds."""
+    return Chance.of(_rows())
+
+
+def _rows() -> list[Row]:
+    return [row for suite in results.SUITES for row in results.load(suite)]
+
+
+class Evidence:
+    """The stored results of one teacher and its students, by the last part of the recipe's name ("2x4", "diffpruned")."""
+
+    def __init__(self, base: str):
+        self.base = base
+        self.short = {row.name.removeprefix(f"{base}-short-"): row for row in results.load("short", base)}
+        self.long = {row.name.removeprefix(base).lstrip("-") or "teacher": row for row in results.load("headline", base)}
+
+    @functools.cached_property
+    def chance(self) -> Chance:
+        return chance()
+
+    def compare(self, a: Row, b: Row) -> int:
+        """-1 if FD-glyph of `a` is the lower one, 1 if that of `b` is, 0 if the seeds do not allow to tell."""
+        return self.chance.compare(Score.of(a), Score.of(b))
+
+    def within(self, a: Row, b: Row) -> int:
+        """-1 if FD-glyph of `a` is at most `TOLERANCE` times that of `b`, 1 if more, 0 if the seeds do not allow to tell."""
+        return self.chance.within(Score.of(a), Score.of(b))
+
+    def better(self, a: str, others: Iterable[str]) -> Verdict:
+        """Whether a short run is better than every one of the others."""
+        row, rivals = self.short[a], [self.short[name] for name in others]
+        figures = ", ".join(f"{rival.fd:.2f} ({rival.recipe.method})" for rival in rivals)
+        return Verdict(_all(self.compare(row, rival) for rival in rivals), f"{row.fd:.2f} against {figures}")
+
+
+def _all(outcomes: Iterable[int]) -> str:
+    """The word for a claim that holds if every outcome is -1 and does not if one is 1."""
+    found = set(outcomes)
+    return FAILS if 1 in found else HOLDS if found == {-1} else OPEN
+
+
+def _half(key: str) -> Callable[[Evidence], Verdict]:
+    def judge(found: Evidence) -> Verdict:
+        row, teacher = found.long[key], found.long["teacher"]
+        products = [each.runs[0]["macs"]["attention"] for each in (row, teacher)]
+        share, layers_alone = row.macs / teacher.macs, (row.macs - products[0]) / (teacher.macs - products[1])
+        figures = f"{share:.0%} of the MACs, {layers_alone:.0%} without attention's products"
+        if row.recipe.pattern and teacher.recipe.model[0] is UViTModel:
+            figures += f"; {_skips_dense(teacher.recipe, row.recipe.pattern) / teacher.macs:.0%} with skip_linear dense"
+        return Verdict(HOLDS if share <= HALF else FAILS, figures)
+
+    return judge
+
+
+def _skips_dense(teacher: Recipe, pattern: str) -> int:
+    """MACs of a U-ViT whose skip_linear layers are left out, as in the paper's quality experiments."""
+    cls, config = teacher.model
+    exclude = (*layers.default_exclude(cls), "*.skip_linear")
+    present = [glob for glob in exclude if any(fnmatchcase(name, glob) for name, _ in layers.weight_layers(cls(**config)))]
+    return macs.count(layers.sparsify(cls(**config), pattern, exclude=present)).sparse
+
+
+def _kept(key: str) -> Callable[[Evidence], Verdict]:
+    """The quality of a headline model against the teacher's and those of the dense model trained as long, at both rates."""
+
+    def judge(found: Evidence) -> Verdict:
+        row, teacher, rival, gentle = (found.long[name] for name in (key, "teacher", "more", "more-gentle"))
+        word = _all(found.within(row, other) for other in (teacher, rival, gentle))
+        dense = f"dense with the same extra training {rival.fd:.2f}, at lr 3e-4 {gentle.fd:.2f}"
+        return Verdict(word, f"{row.fd:.2f}; teacher {teacher.fd:.2f}, {dense}")
+
+    return judge
+
+
+def _better(a: str, *others: str) -> Callable[[Evidence], Verdict]:
+    return lambda found: found.better(a, others)
+
+
+def _teacher_helps(found: Evidence) -> Verdict:
+    verdict, alone = found.better("2x4", ["2x4-srste"]), found.short["2x4-teacher-only"]
+    better = found.compare(alone, found.short["2x4-srste"]) == -1
+    return Verdict(verdict.word, f"{verdict.figures}; teacher's loss alone {alone.fd:.2f}{', which is better' if better else ''}")
+
+
+def _fixed(found: Evidence) -> Verdict:
+    """By the runs at a constant rate, the papers': a falling one leaves little to the pattern that comes last."""
+    verdict = found.better("2x4-constant", ["2x4-progressive-constant"])
+    falling = [found.short[key].fd for key in ("2x4", "2x4-progressive")]
+    return Verdict(verdict.word, f"{verdict.figures}; {falling[0]:.2f} against {falling[1]:.2f} with a rate that falls to 0")
+
+
+def _faster(key: str) -> Callable[[Evidence], Verdict]:
+    def judge(found: Evidence) -> Verdict:
+        row = found.short[key]
+        best = _timed(row)
+        converted = f", {row.speedup_over_onednn:.2f} over oneDNN" if row.speedup_over_onednn else ""  # which GPUs lack
+        figures = f"{row.speedup:.2f} times faster{converted}; {row.timed_with}"
+        return Verdict(HOLDS if best >= FASTER else FAILS, figures)
+
+    return judge
+
+
+def _equal_time(found: Evidence) -> Verdict:
+    """2:4 against models of the same measured time: FD-glyph between those of two widths, on a logarithmic scale.
+
+    The widest is the dense model, trained as the students were or at the rate that suits it better; both must agree.
+    """
+    row = found.short["2x4"]
+    time = 1 / _timed(row)
+    rival, gentle = (_rival(found, dense, time) for dense in ("more", "more-gentle"))
+    if rival is None or gentle is None:
+        return Verdict(OPEN, f"no pruned model is as fast ({time:.2f} of the dense time)")
+    words = {_all([found.chance.compare(Score.of(row), each)]) for each in (rival, gentle)}
+    figures = f"{row.fd:.2f} against {rival.fd:.2f} at {time:.0%} of the dense time"
+    if gentle != rival:  # the dense model is one of the two neighbours
+        figures += f" ({gentle.fd:.2f} if the dense model counts at lr 3e-4)"
+    return Verdict(words.pop() if len(words) == 1 else OPEN, figures)
+
+
+def _rival(found: Evidence, dense: str, time: float) -> Score | None:
+    """What a model that takes this share of the dense time, or less, would score; None if pruned ones all take more."""
+    widths = [(1.0, Score.of(found.short[dense]))]
+    for key in ("diffpruned-most", "diffpruned", "diffpruned-quarter"):
+        widths.append((1 / _timed(found.short[key]), Score.of(found.short[key])))
+    for (t0, one), (t1, other) in itertools.pairwise(sorted(widths)):
+        if t0 <= time <= t1:
+            return _between(one, other, (time - t0) / (t1 - t0))
+    return widths[0][1] if time > 1 else None
+
+
+def _between(a: Score, b: Score, share: float) -> Score:
+    """`share` of the way from `a` to `b`, logarithmically, with the number of runs that has the variance of this mean."""
+    fd = a.fd ** (1 - share) * b.fd**share
+    return Score(fd, 1 / ((1 - share) ** 2 / a.runs + share**2 / b.runs))
+
+
+def _timed(row: Row) -> float:
+    if row.speedup_best is None:
+        raise KeyError(f"time of {row.name}")
+    return row.speedup_best
+
+
+def _cheap(found: Evidence) -> Verdict:
+    """Diff-Pruning's 10 to 20 % of the training: the short run is a tenth of the teacher's, another one a fifth."""
+    images = found.long["teacher"].images
+    rows = (found.short["diffpruned"], found.short["teacher"]), (found.long["diffpruned-fifth"], found.long["teacher"])
+    outcomes = {found.within(row, teacher) for row, teacher in rows}
+    word = HOLDS if -1 in outcomes else FAILS if outcomes == {1} else OPEN
+    figures = (
+        f"{row.fd:.2f}, teacher {teacher.fd:.2f}, after {row.images / images:.0%} of its training" for row, teacher in rows
+    )
+    return Verdict(word, "; ".join(figures))
+
+
+def _thresholds(found: Evidence) -> Verdict:
+    keys = ("threshold-0.02", "diffpruned", "threshold-0.2")
+    taylor = found.short["taylor"]
+    word = _all([found.compare(found.short["diffpruned"], taylor)])  # at the paper's threshold
+    sweep = ", ".join(f"{found.short[key].fd:.2f} ({found.short[key].recipe.prune['threshold']:g})" for key in keys)
+    return Verdict(word, f"{taylor.fd:.2f} with all timesteps, {sweep}")
+
+
+def _consistent(found: Evidence) -> Verdict:
+    rows = [found.short[key] for key in ("diffpruned", "scratch", "2x4")]
+    pruned, scratch = (row.mean("ssim_to_base") for row in rows[:2])
+    word = HOLDS if pruned >= CONSISTENT and pruned > scratch else FAILS
+    return Verdict(word, "SSIM " + ", ".join(f"{r.mean('ssim_to_base'):.3f} ({r.recipe.method})" for r in rows))
+
+
+# Paper, claim, judge.
+CLAIMS = (
+    ("SparseDM", "2:4 halves the MACs", _half("2x4")),
+    ("SparseDM", "... at the same quality", _kept("2x4")),
+    ("SparseDM", "better than removing channels at half the MACs", _better("2x4", "diffpruned", "magnitude")),
+    ("SparseDM", "better than other ways to 2:4", _better("2x4", "2x4-asp", "2x4-ste", "2x4-srste", "2x4-teacher-only")),
+    ("SparseDM", "better than Diff-Pruning at equal measured time", _equal_time),
+    ("SparseDM", "the teacher's term helps", _teacher_helps),
+    ("SparseDM", "a fixed 2:4 beats progressive patterns", _fixed),
+    ("SparseDM", "it runs faster", _faster("2x4")),
+    ("Diff-Pruning", "half the MACs", _half("diffpruned")),
+    ("Diff-Pruning", "... at 10 to 20 % of the training, quality kept", _cheap),
+    ("Diff-Pruning", "dropping noisy timesteps from the importance helps", _thresholds),
+    ("Diff-Pruning", "pictures stay close to the original's", _consistent),
+    ("Diff-Pruning", "better than magnitude, random, Taylor, scratch",
+     _better("diffpruned", "magnitude", "random", "taylor", "scratch")),
+    ("both", "2:4 on a pruned model beats 1:4 and harder pruning at about a quarter of the MACs",
+     _better("diffpruned-2x4", "1x4", "diffpruned-quarter")),
+)  # fmt: skip
+
+
+def verdicts(base: str) -> list[Verdict]:
+    """A verdict on every one of `CLAIMS` from one teacher's results; what has not been run cannot be told."""
+    found = Evidence(base)
+    return [_judged(judge, found) for _, _, judge in CLAIMS]
+
+
+def _judged(judge: Callable[[Evidence], Verdict], found: Evidence) -> Verdict:
+    try:
+        return judge(found)
+    except KeyError as missing:
+        what = missing.args[0]
+        absent = RECIPES.get(f"{found.base}-short-{what}") or RECIPES.get(f"{found.base}-{what}")
+        return Verdict(OPEN, f"not run ({absent.method if absent else what})")
+
+
+_RULES = f"""
+Figures are FD-glyph where nothing else is said: of the short runs, but of the long ones (more pictures and sampling steps, not
+to be compared with the others) for *the same quality* and for a fifth of the training. Better: than every rival named; it does
+not hold if one of them is better. Quality is kept if FD-glyph is at most {TOLERANCE - 1:.0%} above the teacher's and above the
+dense model's with the same extra training at either rate (t-test, one side). Half the MACs: at most {HALF:.0%}. Equal time:
+between the two nearest of the pruned widths and the dense model, on a logarithmic scale; each as it runs fastest (eager,
+channels-last, compiled, or converted to oneDNN). Faster: by {FASTER - 1:.0%}, over the dense model as it runs fastest. Close to
+the original: SSIM of at least {CONSISTENT}, the paper's on CIFAR-10, and above that of the same shape from scratch.
+"""
+
+
+def table(bases: tuple[str, ...] = ("glyphs-uvit", "glyphs-unet")) -> str:
+    """The claims and their verdicts as a Markdown table, one column per teacher."""
+    columns = [verdicts(base) for base in bases]
+    names = [results.load("headline", base)[0].recipe.backbone for base in bases]
+    lines = [f"| paper | claim | {' | '.join(names)} |", "|---" * (2 + len(bases)) + "|"]
+    for (paper, claim, _), *cells in zip(CLAIMS, *columns, strict=True):
+        lines.append(f"| {paper} | {claim} | {' | '.join(map(str, cells))} |")
+    lines += [
+        "",
+        f"{' '.join(_RULES.split())} {_told_apart()}",
+    ]
+    return "\n".join(lines)
+
+
+def _told_apart() -> str:
+    """The yardstick of chance in a sentence or two."""
+    try:
+        found = chance()
+    except KeyError:
+        return "Nothing tells how large chance is: no method has several seeds."
+    single, three = (math.expm1(found.reach(runs, runs)) for runs in (1, 3))
+    most = max((row for row in _rows() if len(row.runs) > 1), key=_deviation)
+    return (
+        f"From seed to seed FD-glyph varies by {found.deviation:.1%} (standard deviation of all methods together, {found.freedom}"
+        f" degrees of freedom; most of all, {_deviation(most):.0%}, in {most.recipe.title}): single runs count as different from"
+        f" {single:.0%} on, means of three from {three:.0%} on (t-test, {CONFIDENCE:.0%})."
+    )

@@ -1,0 +1,77 @@
+"""The figures of the comparison, from the stored results and from the pictures that `reproduce` left in its folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .. import plots
+from ..measure import evaluation
+from . import results
+from .results import Row
+
+OFF_THE_SCALE = 10  # times the teacher's FD-glyph
+GRID = 18  # pictures in a row of the consistency grid
+
+
+def draw(base: str, folder: Path, runs: Path | None = None) -> Iterator[Path]:
+    """Draw the figures of one teacher and its students into `folder` as PNG files, yielding their paths.
+
+    Args:
+        runs: the folder that `reproduce` wrote; with it the consistency grid is drawn: every method from the same noise.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = results.load("short", base)
+    found = {"macs": against_macs(rows), "latency": against_latency(rows), "training": over_training(rows)}
+    if runs:
+        found["grid"] = plots.rows(pictures(base, runs))
+    for name, figure in found.items():
+        path = folder / f"{base}-{name}.png"
+        figure.savefig(path, dpi=150)
+        yield path
+
+
+def against_macs(rows: list[Row]):
+    """Quality against the share of the teacher's MACs."""
+    teacher = _teacher(rows)
+    points = [(row.recipe.method, family(row), row.macs / teacher.macs, row.fd) for row in rows]
+    xlabel = "MACs per picture and step, as a share of the dense model's"
+    return plots.tradeoff(points, xlabel=xlabel, ceiling=OFF_THE_SCALE * teacher.fd)
+
+
+def against_latency(rows: list[Row]):
+    """Quality against the measured time of a step, as a share of the teacher's."""
+    points = [(row.recipe.method, family(row), 1 / row.speedup, row.fd) for row in rows if row.speedup]
+    points += [(row.recipe.method, "dense", 1.0, row.fd) for row in rows if family(row) == "dense"]
+    xlabel = "measured time of a step, as a share of the dense model's"
+    return plots.tradeoff(points, xlabel=xlabel, ceiling=OFF_THE_SCALE * _teacher(rows).fd)
+
+
+def over_training(rows: list[Row]):
+    """Quality over training, of the runs that were watched."""
+    lines = {
+        row.recipe.method: [(point["step"], point["fd_glyph"]) for point in row.runs[0]["curve"]]
+        for row in rows
+        if row.runs[0].get("curve")
+    }
+    dense = next((line for name, line in lines.items() if name.startswith("dense")), None)
+    return plots.training(lines, teacher=dense[0][1] if dense else None)  # of as many pictures as the points: before training
+
+
+def pictures(base: str, runs: Path) -> dict[str, torch.Tensor]:
+    """The first pictures [n, C, H, W] of every method, in [-1, 1], all from the same noise, by method."""
+    found = {}
+    for row in results.load("short", base):
+        if evaluation.samples_file(runs / row.name, row.recipe.protocol).exists():
+            found[row.recipe.method] = evaluation.sampled(runs / row.name, row.recipe.protocol, GRID)
+    return found
+
+
+def _teacher(rows: list[Row]) -> Row:
+    return next(row for row in rows if row.name in results.teachers())
+
+
+def family(row: Row) -> str:
+    if row.recipe.prune:
+        return "pruned + N:M" if row.recipe.pattern else "pruned"
+    return "N:M" if row.recipe.pattern else "dense"

@@ -1,0 +1,43 @@
+"""The experiments as data: a named recipe is a model, its data, its training, and the protocol that scores it.
+
+`python -m sparsedm reproduce NAME` carries one out (experiment.py).
+"""
+
+import difflib
+from dataclasses import replace
+
+from ...measure.protocol import Protocol
+from . import glyphs, papers
+from .base import Recipe
+
+__all__ = ["CLASSIFIER", "LETTERS", "NAMES", "RECIPES", "Protocol", "Recipe", "protocol", "recipe", "run_name", "seeds"]
+
+RECIPES = {**glyphs.recipes(), **papers.recipes()}
+CLASSIFIER = "glyph-classifier"
+NAMES = (CLASSIFIER, *RECIPES)
+LETTERS = (CLASSIFIER, *(name for name, found in RECIPES.items() if found.suite != "paper"))
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called `name`. Raises ValueError with the names that are close."""
+    if name not in RECIPES:
+        close = ", ".join(difflib.get_close_matches(name, NAMES, n=4))
+        hint = f"close: {close}" if close else "`python -m sparsedm reproduce list` shows them"
+        raise ValueError(f"unknown recipe {name!r}; {hint}")
+    return RECIPES[name]
+
+
+def run_name(name: str, seed: int) -> str:
+    """The folder and results file of one run of a recipe."""
+    return f"{name}-seed{seed}" if seed else name
+
+
+def seeds(name: str) -> range:
+    """The seeds of all runs of a recipe."""
+    return range(RECIPES[name].seeds if name in RECIPES else 1)
+
+
+def protocol(name: str, n: int | None = None) -> Protocol | None:
+    """The recipe's protocol, with `n` pictures if given; None if there is no such recipe."""
+    found = RECIPES[name].protocol if name in RECIPES else None
+    return replace(found, n=n) if found and n else found

@@ -1,0 +1,246 @@
+"""What the experiments found: the stored results as tables and model cards."""
+
+import functools
+import json
+import statistics
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ..checkpoints import folders
+from .recipes import RECIPES, Recipe, recipe, run_name
+
+RESULTS = folders.ASSETS / "results"
+SUITES = ("headline", "short")  # on the letter models
+_SEEDS = "±: largest deviation of two or three seeds."
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe and its stored runs, one per seed, in the order of the seeds; there is at least one."""
+
+    name: str
+    recipe: Recipe
+    runs: tuple[dict, ...]
+
+    def mean(self, score: str) -> float:
+        """Mean of a score over the seeds."""
+        return statistics.mean(run["scores"][score] for run in self.runs)
+
+    @property
+    def fd(self) -> float:
+        return self.mean("fd_glyph")
+
+    @property
+    def fd_text(self) -> str:
+        """FD-glyph as tables show it, with the largest deviation of a seed if there are several."""
+        deviation = max(abs(run["scores"]["fd_glyph"] - self.fd) for run in self.runs)
+        return f"{self.fd:.2f}" + (f" ± {deviation:.2f}" if len(self.runs) > 1 else "")
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one picture and step, zeros skipped, attention's products included."""
+        return self.runs[0]["macs"]["sparse"]
+
+    @property
+    def images(self) -> int:
+        """Training pictures."""
+        return self.runs[0]["train_images"]
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster than the teacher its step was measured, as it runs fastest: packed, or with fewer channels."""
+        return self._timed.get("speedup")
+
+    @property
+    def speedup_over_onednn(self) -> float | None:
+        """The same against the teacher converted to oneDNN, which is worth it where PyTorch's own linear layers are slow."""
+        return self._timed.get("speedup_over_onednn")
+
+    @property
+    def speedup_best(self) -> float | None:
+        """The same with both models as they run fastest, converted to oneDNN or not: what counts at equal time."""
+        return self._timed.get("speedup_best")
+
+    @property
+    def timed_with(self) -> str:
+        """The batch and the threads of these times."""
+        return f"{self._timed['what'].partition(', ')[2]}, {self._timed['threads']} threads"
+
+    @functools.cached_property
+    def _timed(self) -> dict:
+        return next((row for row in times() if row["name"] == _timed_as(self.name)), {})
+
+
+def pictures(name: str) -> Image.Image | None:
+    """One picture of every character that the model of a stored run drew, in two rows; None if none were kept."""
+    path = RESULTS / f"{name}.png"
+    return Image.open(path).convert("RGB") if path.exists() else None
+
+
+def load(suite: str, base: str = "") -> list[Row]:
+    """The stored results of a suite ("headline", "short", "paper"), of one teacher and its students or of all.
+
+    Raises:
+        ValueError: unknown suite, or runs that were scored by different protocols and must not stand in one table.
+    """
+    if suite not in (*SUITES, "paper"):
+        raise ValueError(f"unknown suite {suite!r}; known: {', '.join(SUITES)}, paper")
+    rows = []
+    for name, found in RECIPES.items():
+        if found.suite == suite and base in ("", found.base or name):
+            paths = (RESULTS / f"{run_name(name, seed)}.json" for seed in range(found.seeds))
+            runs = tuple(json.loads(path.read_text()) for path in paths if path.exists())
+            if runs:
+                rows.append(Row(name, found, runs))
+    protocols = {json.dumps({**run["protocol"], "seed": 0}) for row in rows for run in row.runs}
+    if len(protocols) > 1:
+        raise ValueError(f"{len(protocols)} protocols among the {suite} results in {RESULTS}; score them all under one")
+    return rows
+
+
+def times() -> list[dict]:
+    """The stored rows of `sparsedm bench --what methods`."""
+    path = RESULTS / "bench-methods.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def _timed_as(name: str) -> str:
+    """The recipe whose measured time counts: the first of the same teacher with the same pattern and number of channels."""
+    return next((other for other in timed_recipes() if _cost(other) == _cost(name)), "")
+
+
+def timed_recipes() -> list[str]:
+    """One recipe of the short suite for every width, and for every pattern that has kernels."""
+    first = {}
+    for name, found in RECIPES.items():
+        if found.suite == "short" and (found.pattern.endswith(":4") or found.prune):
+            first.setdefault(_cost(name), name)
+    return list(first.values())
+
+
+def _cost(name: str) -> tuple[str, str, float]:
+    found = recipe(name)
+    return found.base or name, found.pattern, found.prune.get("ratio", 0.0)
+
+
+def headline_table() -> str:
+    """The models that were trained long, as a Markdown table."""
+    rows = load("headline")
+    head = "| model | FD-glyph ↓ | readability ↑ | SSIM to teacher ↑ | M MACs | nonzero weights | training pictures |"
+    caption = f"{_caption(rows[0].runs[0])} {_SEEDS} The bundled models are those of seed 0."
+    return "\n".join([head, "|---" * 7 + "|", *map(_headline_row, rows), "", caption])
+
+
+def _headline_row(row: Row) -> str:
+    cells = (
+        row.recipe.title, row.fd_text, f"{row.mean('readability'):.1%}", _ssim(row), f"{row.macs / 1e6:.1f}",
+        f"{row.runs[0]['nonzero_parameters'] / 1e6:.2f} M",
+        f"{'+ ' if row.recipe.base and row.images else ''}{row.images // 1000} k" if row.images else "none",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _ssim(row: Row) -> str:
+    return f"{row.mean('ssim_to_base'):.3f}" if row.recipe.base and row.name not in teachers() else ""
+
+
+def teachers() -> tuple[str, ...]:
+    """The recipes of the short suite that score the teachers themselves."""
+    return tuple(name for name, found in RECIPES.items() if found.suite == "short" and not (found.train or any(_cost(name)[1:])))
+
+
+def bases() -> tuple[str, ...]:
+    """The teachers of the short suite."""
+    return tuple(recipe(name).base for name in teachers())
+
+
+def short_table(base: str) -> str:
+    """One teacher and all that was made of it in the short suite, as a Markdown table: most MACs first, then the best."""
+    rows = load("short", base)
+    whole = next(row.macs for row in rows if row.name in teachers())
+    rows.sort(key=lambda row: (row.name not in teachers(), -round(row.macs / whole, 1), row.fd))
+    head = "| method | MACs | FD-glyph ↓ | readability ↑ | SSIM to teacher ↑ | times faster |"
+    caption = _caption(rows[0].runs[0]) + (
+        f" Training: {max(row.images for row in rows) // 1000} k pictures each. {_SEEDS}"
+        " Times faster: one step of 16 pictures, measured, each model in the fastest of eager, channels-last and compiled"
+        " PyTorch, see docs/speed.md."
+    )
+    return "\n".join([head, "|---" * 6 + "|", *(_short_row(row, whole) for row in rows), "", caption])
+
+
+def _short_row(row: Row, whole: int) -> str:
+    cells = (
+        row.recipe.method, f"{row.macs / whole:.0%}", row.fd_text, f"{row.mean('readability'):.1%}", _ssim(row),
+        f"{row.speedup:.2f}" if row.speedup else "",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def paper_bases() -> tuple[str, ...]:
+    """The teachers of the papers' size that have stored results, or whose students have."""
+    found = {
+        RECIPES[name].base or name for name in RECIPES if RECIPES[name].suite == "paper" and (RESULTS / f"{name}.json").exists()
+    }
+    return tuple(name for name in RECIPES if name in found)
+
+
+def paper_table(base: str) -> str:
+    """One teacher of the papers' size and its students as a Markdown table: most MACs first, then the best."""
+    rows = sorted(load("paper", base), key=lambda row: (-row.macs, row.mean("fid") if "fid" in row.runs[0]["scores"] else 0.0))
+    head = "| model | FID ↓ | SSIM to teacher ↑ | G MACs | M nonzero weights | training pictures |"
+    caption = (
+        f"{_drawn(rows[0].runs[0])}. MACs: per picture and step, zeros skipped. FID: where Inception's weights were at hand."
+    )
+    return "\n".join([head, "|---" * 6 + "|", *map(_paper_row, rows), "", caption])
+
+
+def _paper_row(row: Row) -> str:
+    scores, run = row.runs[0]["scores"], row.runs[0]
+    cells = (
+        row.recipe.title, f"{scores['fid']:.2f}" if "fid" in scores else "", _ssim(row) if "ssim_to_base" in scores else "",
+        f"{row.macs / 1e9:.2f}", f"{run['nonzero_parameters'] / 1e6:.1f}", f"{row.images / 1e6:.1f} M" if row.images else "none",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _drawn(result: dict) -> str:
+    protocol = result["protocol"]
+    return (
+        f"n = {protocol['n']:,} pictures a row, {protocol['sampler'].upper()} with {protocol['steps']} steps,"
+        f" guidance {protocol['guidance']:g}, {protocol['precision']}"
+    )
+
+
+def _caption(result: dict) -> str:
+    return (
+        f"{_drawn(result)}, against as many test glyphs. MACs: per picture and step, zeros skipped. FD-glyph is the Fréchet"
+        " distance on the glyph classifier's features; it is not FID."
+    )
+
+
+def card(name: str, result: dict) -> str:
+    """The model card (Markdown) of a bundled checkpoint."""
+    chosen, scores = recipe(name), result["scores"]
+    lines = [
+        f"# {name}", "", f"{chosen.title}. {_how(chosen, result['train'])}. Made by `{result['command']}`.", "",
+        f"- Weights: float16, {result['parameters']:,} parameters, {result['nonzero_parameters']:,} of them not zero.",
+        f"- MACs per picture and step: {result['macs']['dense']:,} dense, {result['macs']['sparse']:,} with zeros skipped.", "",
+        "| score | value |", "|---|---|", *(f"| {k} | {v:.4g} |" for k, v in scores.items() if k != "n"), "",
+        _caption(result), "",
+        "Licence: MIT, as the package. It draws characters like those of the fonts that matplotlib ships.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _how(chosen: Recipe, train: dict) -> str:
+    """How the model was made, in a sentence."""
+    training = f"on `{chosen.data}` for {train['steps']:,} steps of {train['batch_size']}"
+    if not chosen.base:
+        return f"Trained from random weights {training}"
+    how = f"Fine-tuned from `{chosen.base}` {training}"
+    if chosen.prune:
+        how += f", without {chosen.prune['ratio']:.0%} of its channels (Diff-Pruning, arXiv 2305.10924)"
+    if chosen.distil:
+        how += ", masks by SR-STE, knowledge transferred from the dense teacher (SparseDM, arXiv 2404.10445)"
+    return how

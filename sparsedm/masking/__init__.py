@@ -1,0 +1,1 @@
+"""N:M masks and the straight-through estimator."""

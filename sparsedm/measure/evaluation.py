@@ -1,0 +1,190 @@
+"""Scoring a model by a protocol: sample its pictures, resuming where a killed run stopped, and compare them with others.
+
+Several processes share the pictures, batch by batch; they are the same for any number of processes.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import default_collate
+
+from .. import data, diffusion
+from ..data import latents
+from ..models import denoisers
+from ..support import processes
+from ..support.files import replacing
+from . import metrics
+from .protocol import Protocol
+
+CHUNK = 500  # pictures sampled between two saves, or more: whole batches, and one for every process
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` in a stage, and a line to show."""
+
+    stage: str
+    done: int
+    total: int
+    note: str = ""
+
+
+def sample(
+    model: nn.Module, folder: Path, protocol: Protocol, stage: str = "sample", dataset: str = "", vae: AutoencoderKL | None = None
+) -> Iterator[Progress]:
+    """Sample the protocol's pictures, saving them every `CHUNK` in `folder`: in parts, at the end in one file.
+
+    A generator that returns them, uint8 [n, C, H, W], in the main process, and None in the others.
+
+    Args:
+        dataset: the data set whose first texts are asked for, for models that take text.
+        vae: what decodes the latents that the model makes.
+    """
+    path = samples_file(folder, protocol)
+    settings = {k: str(v) for k, v in asdict(protocol).items() if k != "n"}
+    parts = _saved(path, settings) if processes.is_main() else []
+    done, asked = processes.from_main(sum(map(len, parts))), _asked(model, protocol.n, dataset)
+    batches = range(done, protocol.n, protocol.batch_size)
+    at_once = processes.state().num_processes
+    between_saves = max(-(-CHUNK // protocol.batch_size), at_once)
+    for first in range(0, len(batches), between_saves):
+        made = {}
+        for start in processes.share(batches[first : first + between_saves]):
+            end = min(start + protocol.batch_size, protocol.n)
+            batch = _draw(model, protocol, start, end, asked(start, end))
+            made[start] = data.to_uint8(batch if vae is None else latents.decode(vae, batch)).cpu()
+            yield Progress(stage, min(end + (at_once - 1) * protocol.batch_size, protocol.n), protocol.n)
+        if collected := processes.collect(made):
+            parts.append(torch.cat(list(collected.values())))
+            _save(parts[-1], _parts(path) / f"{batches[first]:08d}.safetensors", settings)
+    if not processes.is_main():
+        return None
+    images = torch.cat(parts)
+    if _parts(path).exists():
+        _save(images, path, settings)
+        shutil.rmtree(_parts(path))
+    return images[: protocol.n]
+
+
+def _draw(model: nn.Module, protocol: Protocol, start: int, end: int, asked: dict) -> torch.Tensor:
+    """The pictures from number `start` to `end`: the noise of each depends on the protocol's seed and its number alone."""
+    noise = diffusion.start_noise(model, end - start, protocol.seed, start)
+    options = {"sampler": protocol.sampler, "steps": protocol.steps, "guidance": protocol.guidance, **asked}
+    options["generator"] = diffusion.step_generators(end - start, protocol.seed, start)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=protocol.precision == "bf16"):
+        return diffusion.generate(model, noise, **options)
+
+
+def _asked(model: nn.Module, n: int, dataset: str) -> Callable[[int, int], dict]:
+    """What conditions the pictures from one number to another, as arguments of `diffusion.generate`."""
+    classes = labels(model, n)
+    if classes is not None:
+        return lambda start, end: {"class_labels": classes[start:end]}
+    texts = data.load(dataset) if dataset.startswith("latents:") else None
+    if texts is None or not isinstance(texts[0][1], dict):
+        return lambda start, end: {}
+
+    def conditions(start: int, end: int) -> dict:
+        given = default_collate([texts[i % len(texts)][1] for i in range(start, end)])
+        nothing = {name: value.expand(end - start, *value.shape) for name, value in texts.null.items()}
+        return {"conditioning": given, "negative": nothing or None}
+
+    return conditions
+
+
+def samples_file(folder: Path, protocol: Protocol) -> Path:
+    """Where `sample` keeps the pictures."""
+    return folder / f"samples-{protocol.sampler}{protocol.steps}-{protocol.seed}.safetensors"
+
+
+def sampled(folder: Path, protocol: Protocol, n: int) -> torch.Tensor:
+    """The first n pictures [n, C, H, W] that `sample` left in `folder`, in [-1, 1]. Raises OSError if there are none."""
+    with safe_open(samples_file(folder, protocol), "pt") as file:
+        return data.to_float(file.get_slice("images")[:n])
+
+
+def _parts(path: Path) -> Path:
+    """The folder of what is sampled and not in the file `path` yet; each part is named by the number of its first picture."""
+    return path.with_suffix(".parts")
+
+
+def _save(images: torch.Tensor, path: Path, settings: dict[str, str]) -> None:
+    with replacing(path) as temporary:
+        save_file({"images": images.contiguous()}, temporary, metadata=settings)
+
+
+def _saved(path: Path, settings: dict[str, str]) -> list[torch.Tensor]:
+    """Pictures of an earlier run under the same protocol: those in the file, and the parts that follow them."""
+    kept = []
+    for source in ([path] if path.exists() else []) + sorted(_parts(path).glob("*.safetensors")):
+        begins = 0 if source == path else int(source.stem)
+        with safe_open(source, "pt") as file:
+            if begins == sum(map(len, kept)) and file.metadata() == settings:
+                kept.append(file.get_tensor("images"))
+    return kept
+
+
+def labels(model: nn.Module, n: int) -> torch.Tensor | None:
+    """The classes [n] that are asked for, all in turn; None for an unconditional model."""
+    null = diffusion.null_label(model)
+    return None if null is None else torch.arange(n) % null
+
+
+def check(n: int, dataset: str, inception: str | None = None) -> None:
+    """Raise ValueError if `score` would find n pictures too few: for before they are drawn."""
+    if dataset.startswith("glyphs") or inception:
+        metrics.require("a Fréchet distance", n, metrics.MIN_SAMPLES["fd"])
+
+
+def check_decoder(model: nn.Module, vae: AutoencoderKL | None) -> None:
+    """Raise ValueError if the model makes latents and there is no `vae`."""
+    channels = denoisers.of(model).shape(model)[0]
+    if channels not in (1, 3) and vae is None:
+        raise ValueError(f"{type(model).__name__} makes latents of {channels} channels; name their autoencoder's folder (vae)")
+
+
+def check_model(model: nn.Module, dataset: str, base: str, inception: str | None) -> None:
+    """Raise ValueError if there is nothing to score the model's pictures by."""
+    channels, name = denoisers.of(model).shape(model)[0], type(model).__name__
+    if dataset.startswith("glyphs"):
+        expected = data.load(dataset, n=1)[0][0].shape
+        if (channels, denoisers.picture_size(model)) != tuple(expected[:2]):
+            raise ValueError(f"{dataset} are pictures of shape {list(expected)}, and those of {name} are not; name its own data")
+    elif not (base or inception):
+        raise ValueError(f"{dataset} is scored with Inception's weights (FID) or against a base (SSIM); name one")
+
+
+def score(
+    images: torch.Tensor,
+    asked: torch.Tensor | None,
+    dataset: str,
+    base: torch.Tensor | None = None,
+    inception: str | None = None,
+    reference: str = "",
+) -> dict[str, float]:
+    """Scores of pictures uint8 [n, C, H, W] of the classes `asked` [n].
+
+    Fréchet distance, kernel distance, precision and recall: for glyphs against as many of the test split, on the glyph
+    classifier's features; otherwise against the training set, on Inception's, and only if its weights are at hand.
+
+    Args:
+        base: the teacher's pictures from the same noise; with them, "ssim_to_base".
+        inception: path of torch-fidelity's Inception weights; reference: a data set to compare with instead of the training set.
+    """
+    glyphs = dataset.startswith("glyphs")
+    scores = {"n": len(images)}
+    if glyphs or inception:
+        options = {"split": "test", "n": len(images)} if glyphs else {"size": images.shape[-1]}
+        scores |= metrics.frechet(images, data.load(reference or dataset, **options), inception)
+    if glyphs and asked is not None:
+        scores["readability"] = metrics.readability(images, asked)
+    if base is not None:
+        scores["ssim_to_base"] = metrics.ssim(images, base).mean().item()
+    return scores

@@ -1,0 +1,107 @@
+"""What became of each layer: a table for people."""
+
+import html
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..masking import nm
+from ..masking.layers import WEIGHTED, NMConv2d, NMLinear, default_exclude, patterns, why_dense
+from ..packing.packed import is_packed
+from . import macs as macs_module
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer: its state is "sparse-training", "folded", "packed" or "dense"; `note` says why it is dense or not packed, or
+    how long it takes packed and dense.
+
+    `mac_share` is the layer's share (0 to 1) of the model's dense MACs; None if they could not be counted.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str
+    state: str
+    mac_share: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows of all linear and convolution layers; prints as a table, in notebooks as HTML."""
+
+    rows: tuple[LayerRow, ...]
+    dense_macs: int | None
+    sparse_macs: int | None
+    executed_macs: int | None
+
+    _HEAD = ("layer", "shape", "pattern", "state", "MACs", "note")
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
+            (r.name, "x".join(map(str, r.shape)), r.pattern, r.state, "" if r.mac_share is None else f"{r.mac_share:.1%}", r.note)
+            for r in self.rows
+        ]
+
+    def summary(self) -> str:
+        """One line: how many layers are sparse, and the MACs with and without."""
+        sparse = sum(row.state != "dense" for row in self.rows)
+        text = f"{sparse} of {len(self.rows)} layers are N:M sparse"
+        if self.dense_macs:
+            saved = 1 - self.sparse_macs / self.dense_macs
+            text += f"; {self.dense_macs / 1e6:,.1f} M MACs dense, {self.sparse_macs / 1e6:,.1f} M sparse ({saved:.1%} fewer)"
+            text += f", {self.executed_macs / 1e6:,.1f} M executed"
+        return text
+
+    def __str__(self) -> str:
+        table = [self._HEAD, *self._cells()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(self._HEAD))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        return "\n".join([*lines, self.summary()])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{cell}</th>" for cell in self._HEAD)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self._cells())
+        return f"<table><tr>{head}</tr>{body}</table><p>{self.summary()}</p>"
+
+
+def report(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> Report:
+    """The state of every linear and convolution layer of `model`.
+
+    Folded layers are found by their weights, which are verified to be N:M. `inputs` are those of one call with batch size
+    1, needed for MACs of models whose config does not tell them.
+    """
+    counts = None
+    try:
+        counts = macs_module.count(model, inputs)
+    except ValueError:
+        if inputs is not None:
+            raise
+    shown = [(n, m) for n, m in model.named_modules() if isinstance(m, WEIGHTED) or is_packed(m)]
+    found = patterns(model) | {name: module.pattern for name, module in shown if is_packed(module)}
+    pattern = next(iter(found.values()), None)  # what the dense layers could have had
+    rows = tuple(_row(name, module, found.get(name), counts, _note(model, name, module, pattern)) for name, module in shown)
+    return Report(rows, counts and counts.dense, counts and counts.sparse, counts and counts.executed)
+
+
+def _row(name: str, module: nn.Module, pattern: nm.NMPattern | None, counts: macs_module.Macs | None, note: str) -> LayerRow:
+    if is_packed(module):
+        state, shape = "packed", module.weight_shape
+    else:
+        state = "sparse-training" if isinstance(module, (NMLinear, NMConv2d)) else "folded" if pattern else "dense"
+        shape = tuple(module.weight.shape)
+    share = None
+    if counts:
+        layer = counts.by_name.get(name)
+        share = layer.dense / counts.dense if layer else 0.0
+    return LayerRow(name, shape, str(pattern or ""), state, share, "" if state == "sparse-training" else note)
+
+
+def _note(model: nn.Module, name: str, module: nn.Module, pattern: nm.NMPattern | None) -> str:
+    """Why a layer is dense or not packed: as noted when it was left so, or by the rules, for a model read from a file."""
+    noted = str(module.times or "") if is_packed(module) else getattr(module, "dense_reason", "")
+    if noted or pattern is None or is_packed(module):
+        return noted
+    return why_dense(name, module, pattern, ("*",), default_exclude(type(model))) or ""

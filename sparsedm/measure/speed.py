@@ -1,0 +1,254 @@
+"""Dense against packed on this machine, layer by layer and whole sampling steps, as ratios of interleaved runs.
+
+Both sides run as they run fastest: eager, channels-last or compiled. Models without packed layers, dense or pruned, run a
+further way, converted to oneDNN by `torch.utils.mkldnn.to_mkldnn`: few do it, but on CPUs that MKL serves badly its linear layers
+are twice as fast as PyTorch's own.
+"""
+
+import contextlib
+import copy
+import itertools
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.utils import mkldnn
+
+from ..checkpoints import folders
+from ..masking import layers, nm
+from ..models import dryrun, papers
+from ..packing import packed
+from ..support import latency
+from . import macs
+
+# Those of U-ViT-S/2 (1,028 tokens: four CIFAR-10 pictures) and of UNets with four pictures. Linear layers are (in, out),
+# convolutions (in, out, kernel size, height and width of the maps).
+LINEAR = ((512, 2048), (2048, 512), (512, 1536))
+CONVOLUTION = ((128, 128, 3, 32), (256, 256, 3, 16), (256, 256, 3, 8), (256, 256, 1, 16))
+TOKENS, IMAGES = 1028, 4
+
+
+def machine(device: str | torch.device = "cpu") -> dict:
+    """What the times depend on."""
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {}
+    return {"machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
+            "threads": torch.get_num_threads(), **gpu}  # fmt: skip
+
+
+def all_threads(device: str | torch.device = "cpu") -> tuple[int, ...]:
+    """One thread, and as many as torch takes by default; these alone if another device computes."""
+    most = torch.get_num_threads()
+    return (1, most) if most > 1 and torch.device(device).type == "cpu" else (most,)
+
+
+def measure_layers(
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    threads: Sequence[int] = (),
+    rounds: int = 21,
+    shapes: Sequence[tuple[int, ...]] = LINEAR + CONVOLUTION,
+    tokens: int = TOKENS,
+    device: str | torch.device = "cpu",
+) -> Iterator[dict]:
+    """Times of single 2:4 layers with random weights, one row each; `tokens` are those of the linear ones.
+
+    On GPUs, for which torch has few sparse kernels, layers that none of them serves are left out.
+
+    Raises:
+        ValueError: no kernel serves a layer on this CPU (`kernels.why_not` says so beforehand).
+    """
+    for count, name in itertools.product(threads or all_threads(device), dtypes):
+        for layer, x in _layers(torch.device(device), getattr(torch, name), shapes, tokens):
+            if x.is_cuda and packed.why_not(layer, nm.NMPattern.parse("2:4")):
+                continue
+            with with_threads(count):
+                packed_layer = packed.packed_layer(layer, "2:4")
+                call = lambda model, x=x: model(x)  # noqa: E731
+                variants = {**_formats("dense", layer), **_onednn("dense", layer, call), "packed": packed_layer}
+                row = _row(variants, call, rounds)
+            yield {"what": _title(layer, x), "threads": count, "dtype": name, **row}
+
+
+def _layers(
+    device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]], tokens: int
+) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for inputs, outputs, *spatial in shapes:
+        if spatial:
+            kernel, size = spatial
+            layer, shape = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), (IMAGES, inputs, size, size)
+        else:
+            layer, shape = nn.Linear(inputs, outputs), (tokens, inputs)
+        yield _sparse(layer).to(device, dtype), torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def _sparse(layer: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        layer.weight.copy_(nm.masked(layer.weight, nm.mask(layer.weight, "2:4")))
+    return layer.eval()
+
+
+def _title(layer: nn.Module, x: torch.Tensor) -> str:
+    if isinstance(layer, nn.Linear):
+        return f"linear {layer.in_features}x{layer.out_features}, {len(x):,} tokens"
+    kernel = "x".join(map(str, layer.kernel_size))
+    return f"conv {kernel} {layer.in_channels}x{layer.out_channels}, {len(x)} maps of {x.shape[2]}x{x.shape[3]}"
+
+
+def measure_steps(
+    models: Sequence[str] = ("glyphs-uvit", "glyphs-unet"),
+    batches: Sequence[int] = (1, 4, 16),
+    dtypes: Sequence[str] = ("float32",),
+    threads: Sequence[int] = (),
+    compiled: bool = True,
+    rounds: int = 15,
+    device: str | torch.device = "cpu",
+) -> Iterator[dict]:
+    """Times of one sampling step, one row per model, batch, dtype and number of threads.
+
+    Bundled models are compared with their 2:4 student, and with the pruned one; the papers' configurations get random weights,
+    one-shot masked, which take the same time.
+    """
+    for name, dtype, count, batch in itertools.product(models, dtypes, threads or all_threads(device), batches):
+        with with_threads(count):
+            dense, fast = pair(name, getattr(torch, dtype), batch, device)
+            pruned = _pruned(name, getattr(torch, dtype), device)
+            step = compare(f"{name}, batch {batch}", {"dense": dense, "packed": fast, **pruned}, batch, compiled, rounds)
+            torch.compiler.reset()
+        yield {"threads": count, "dtype": dtype, **step}
+
+
+def compare(what: str, models: Mapping[str, nn.Module], batch: int, compiled: bool, rounds: int) -> dict:
+    """Times of one call of the models "dense", "packed" and perhaps "pruned", called `what`, as a row."""
+    dense, fast = models["dense"], models["packed"]
+    inputs = randomised(dryrun.example_inputs(dense, batch))
+    variants = {}
+    for name, model in models.items():
+        variants |= _formats(name, model)
+        if not any(map(packed.is_packed, model.modules())):
+            variants |= _onednn(name, model, lambda model: model(**inputs))
+        if compiled:
+            variants[f"{name}, compiled"] = torch.compile(model)
+    row = _row(variants, lambda model: model(**inputs), rounds)
+    skipped = 1 - macs.count(fast).executed / macs.count(dense).dense
+    return {"what": what, **row, "macs_skipped": skipped, "weight_bytes": _bytes(fast) / _bytes(dense)}
+
+
+def _pruned(name: str, dtype: torch.dtype, device: str | torch.device) -> dict[str, nn.Module]:
+    return (
+        {"pruned": cast(folders.load(f"{name}-diffpruned"), dtype, device)} if f"{name}-diffpruned" in folders.bundled() else {}
+    )
+
+
+def pair(name: str, dtype: torch.dtype, batch: int, device: str | torch.device = "cpu") -> tuple[nn.Module, nn.Module]:
+    """A bundled or a paper's model or a model folder, dense and packed: as its N:M student, as it is, or masked 2:4."""
+    dense = cast(papers.build(name) if name in papers.PAPER_MODELS else folders.load(name), dtype, device)
+    sparse = cast(folders.load(f"{name}-2x4"), dtype, device) if f"{name}-2x4" in folders.bundled() else copy.deepcopy(dense)
+    if not layers.patterns(sparse):
+        layers.fold(layers.sparsify(sparse, "2:4"))
+    return dense, packed.pack(sparse, batch=batch)
+
+
+def cast(model: nn.Module, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
+    """The model in `dtype` on `device`, without the warning that diffusers' own `to` gives."""
+    return nn.Module.to(model, device, dtype)
+
+
+def randomised(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Numbers instead of zeros, whose products some processors compute faster."""
+    return {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+ONEDNN = "dense, oneDNN"
+
+
+def _onednn(name: str, model: nn.Module, call: Callable[[nn.Module], object]) -> dict[str, nn.Module]:
+    """The model converted to oneDNN, if it runs so."""
+    first = next(model.parameters())
+    if first.device.type != "cpu":
+        return {}
+    converted = mkldnn.to_mkldnn(copy.deepcopy(model), first.dtype)
+    with contextlib.suppress(RuntimeError, AttributeError), torch.no_grad():  # a model that looks at its layers' weights
+        call(converted)
+        return {f"{name}, oneDNN": converted}
+    return {}
+
+
+def _formats(name: str, model: nn.Module) -> dict[str, nn.Module]:
+    """The model, and where it has convolutions to gain from it, the same in channels-last format."""
+    if not any(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in model.modules()):
+        return {name: model}
+    return {name: model, f"{name}, channels last": copy.deepcopy(model).to(memory_format=torch.channels_last)}
+
+
+def _row(variants: Mapping[str, nn.Module], call, rounds: int) -> dict:
+    """Milliseconds (median and quartiles) of every variant, and how much faster the fastest packed one is (median of rounds).
+
+    `speedup` is over the fastest dense variant that is not converted to oneDNN, `speedup_over_onednn` over that which is;
+    `speedup_best` has both sides as they run fastest, converted or not.
+    """
+    with torch.no_grad():
+        timings = latency.interleaved({name: lambda m=model: call(m) for name, model in variants.items()}, rounds=rounds)
+    dense, fast, pruned = (_fastest(timings, kind) for kind in ("dense", "packed", "pruned"))
+    best = [_fastest(timings, kind, converted=True) for kind in ("dense", "packed")]
+    return {
+        "ms": {name: timing.median * 1e3 for name, timing in timings.items()},
+        "quartiles": {name: [seconds * 1e3 for seconds in timing.spread] for name, timing in timings.items()},
+        "fastest_dense": dense,
+        "fastest_packed": fast,
+        "speedup": latency.ratio(timings, dense, fast),
+        "speedup_over_onednn": latency.ratio(timings, ONEDNN, fast) if ONEDNN in timings else None,
+        "speedup_best": latency.ratio(timings, *best),
+        "fastest_pruned": pruned,
+        "speedup_pruned": latency.ratio(timings, dense, pruned) if pruned else None,
+    }
+
+
+def _fastest(timings: Mapping[str, latency.Timing], kind: str, converted: bool = False) -> str | None:
+    names = [name for name in timings if name.startswith(kind) and (converted or not name.endswith("oneDNN"))]
+    return min(names, key=lambda name: timings[name].median, default=None)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+@contextlib.contextmanager
+def with_threads(count: int) -> Iterator[None]:
+    """So many threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+HEAD = ("", "dtype", "threads", "dense ms", "oneDNN ms", "packed ms", "speed-up", "over oneDNN")
+METHODS_HEAD = ("best of each",)
+PRUNED_HEAD = ("pruned ms", "speed-up")
+
+
+def line(row: Mapping) -> str:
+    """One row of `words`."""
+    ms, over = row["ms"], row["speedup_over_onednn"]
+    cells = [
+        row["what"], row["dtype"], row["threads"], _named(ms, row["fastest_dense"]), f"{ms[ONEDNN]:.2f}" if over else "",
+        _named(ms, row["fastest_packed"]), f"**{row['speedup']:.2f}x**", f"{over:.2f}x" if over else "",
+    ]  # fmt: skip
+    if "name" in row:
+        cells.append(f"{row['speedup_best']:.2f}x")
+    if row.get("fastest_pruned"):
+        cells += [_named(ms, row["fastest_pruned"]), f"{row['speedup_pruned']:.2f}x"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _named(ms: Mapping[str, float], variant: str) -> str:
+    return f"{ms[variant]:.2f} ({variant.partition(', ')[2] or 'eager'})"
+
+
+def words(result: Mapping) -> str:
+    """The outcome as a Markdown table."""
+    has = lambda key: any(row.get(key) for row in result["rows"])  # noqa: E731
+    head = [*HEAD, *(METHODS_HEAD if has("name") else ()), *(PRUNED_HEAD if has("fastest_pruned") else ())]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(line, result["rows"])])

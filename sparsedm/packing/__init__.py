@@ -1,0 +1,1 @@
+"""Weights without their zeros, and the kernels that run them."""

@@ -1,0 +1,69 @@
+"""Which layers are faster packed: timed once on this machine, and remembered beside the compiled kernels."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..support import latency
+from ..support.files import replacing
+from .kernels.build import cache_folder, library
+
+
+@dataclass(frozen=True)
+class Times:
+    """Median seconds of a dense and of a packed call, and how many times faster packed is (median of interleaved pairs)."""
+
+    dense: float
+    packed: float
+    gain: float
+
+    def __str__(self) -> str:
+        return f"{self.packed * 1e3:.2f} ms, dense {self.dense * 1e3:.2f} ms"
+
+
+_known: dict[str, Times] = {}
+_lock = threading.Lock()
+
+
+def times(key: tuple, variants: Callable[[], Mapping[str, Callable[[], object]]], rounds: int = 9) -> Times:
+    """Times of `variants()` ("dense" and "packed"), unless known for this `key`, number of threads, torch and kernels."""
+    name = json.dumps([torch.__version__, torch.get_num_threads(), *map(str, key)])
+    with _lock:
+        if name not in _known:
+            _known.update(_read())
+        if name not in _known:
+            _known[name] = _measure(variants(), rounds)
+            _write()
+        return _known[name]
+
+
+def _measure(variants: Mapping[str, Callable[[], object]], rounds: int) -> Times:
+    with torch.no_grad():
+        found = latency.interleaved(variants, rounds=rounds)
+    return Times(found["dense"].median, found["packed"].median, latency.ratio(found, "dense", "packed"))
+
+
+def path() -> Path:
+    """The file with the times of the kernels compiled for this machine."""
+    kernels = library()
+    return Path(kernels._name).with_suffix(".json") if kernels else cache_folder() / "times.json"
+
+
+def _read() -> dict[str, Times]:
+    try:
+        return {
+            name: Times(**{key: float(value) for key, value in row.items()})
+            for name, row in json.loads(path().read_text()).items()
+        }
+    except (OSError, TypeError, ValueError, AttributeError):  # none yet, or damaged: measured again
+        return {}
+
+
+def _write() -> None:
+    with contextlib.suppress(OSError), replacing(path()) as temporary:  # a cache folder that is read-only: measured each time
+        temporary.write_text(json.dumps({name: asdict(row) for name, row in {**_read(), **_known}.items()}, indent=1))

@@ -1,0 +1,1 @@
+"""Diff-Pruning: importance, channels that hang together, the record of those kept."""

@@ -1,0 +1,158 @@
+"""Diff-Pruning (arXiv 2305.10924): channels scored by a Taylor expansion of the loss over selected timesteps, and removed.
+
+`importance` accumulates gradients over the timesteps, `prune` removes the channels of the lowest scores once, and training goes
+on with `sparsedm.train`. With threshold 0 it is the plain Taylor baseline; magnitude and random scores need no gradients.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..diffusion import make_scheduler
+from ..masking import layers
+from ..models import dryrun
+from ..models.denoisers import null_label
+from ..packing.packed import is_packed
+from . import structure
+from .structure import Group
+
+SCORES = ("squared", "absolute", "magnitude", "random")
+
+
+@dataclass(frozen=True)
+class TimestepLoss:
+    """One timestep of `importance`: its noise-prediction loss, and whether its gradient counts (the last one's does not)."""
+
+    timestep: int
+    timesteps: int
+    loss: float
+    used: bool
+
+
+def importance(
+    model: nn.Module, images: torch.Tensor, class_labels: torch.Tensor | None = None, *, threshold: float = 0.05, seed: int = 0
+) -> Iterator[TimestepLoss]:
+    """Accumulate in the model's `.grad` the gradients of the noise loss at t = 0, 1, 2, ..., unweighted.
+
+    All timesteps share the pictures [B, C, H, W], their labels [B] if the model takes any, and one noise (section 3.2 and the
+    official code). It stops before the first t whose loss is below `threshold` times the largest so far: noisy steps say little
+    about the picture. Models that predict velocity or the picture are scored by the noise that their prediction implies.
+
+    Raises:
+        ValueError: a threshold outside [0, 1).
+        FloatingPointError: a loss that is not finite (the timestep is named), or in the end a gradient (its parameter is).
+    """
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold {threshold} is not in [0, 1)")
+    model.eval().requires_grad_(True).zero_grad()
+    scheduler = make_scheduler("ddpm", model)
+    images = images.to(next(model.parameters()).device)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).to(images)
+    labelled = class_labels is not None and null_label(model) is not None
+    labels = {"class_labels": class_labels.to(images.device)} if labelled else {}
+    steps, largest = scheduler.config.num_train_timesteps, 0.0
+    for t in range(steps):
+        at = torch.full((images.shape[0],), t, device=images.device)
+        loss = _noise_loss(model, scheduler, images, noise, at, labels)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss at timestep {t} is {loss.item()}")
+        largest = max(largest, loss.item())
+        used = loss.item() >= threshold * largest
+        if used:
+            loss.backward()
+        yield TimestepLoss(t, steps, loss.item(), used)
+        if not used:
+            break
+    broken = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    if broken:
+        raise FloatingPointError(f"the gradient of {broken[0]} is not finite")
+
+
+def _noise_loss(model, scheduler, images, noise, t, labels: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Squared error of the predicted noise, summed over the picture, mean over the batch (as the official code)."""
+    noisy = scheduler.add_noise(images, noise, t)
+    output = model(noisy, t, **labels).sample
+    abar = scheduler.alphas_cumprod.to(noisy)[t].view(-1, 1, 1, 1)
+    kind = scheduler.config.prediction_type
+    if kind == "v_prediction":
+        output = abar.sqrt() * output + (1 - abar).sqrt() * noisy
+    elif kind == "sample":
+        output = (noisy - abar.sqrt() * output) / (1 - abar).sqrt()
+    return (noise - output).square().flatten(1).sum(1).mean()
+
+
+def scores(model: nn.Module, group: Group, kind: str = "squared", generator: torch.Generator | None = None) -> torch.Tensor:
+    """The importance [channels] of a group's channels.
+
+    "squared" sums (w * grad)^2 over all weights that touch a channel, as the paper's experiments, "absolute" |w * grad|, as the
+    authors' diffusers script; norm weights add |w * grad| to both. "magnitude" is the mean over the layers of the sum of w^2.
+
+    Raises:
+        ValueError: an unknown kind, or no gradients (run `importance` first).
+    """
+    if kind not in SCORES:
+        raise ValueError(f"unknown score {kind!r}; known: {', '.join(SCORES)}")
+    if kind == "random":
+        return torch.rand(group.channels, generator=generator)
+    total, counted = torch.zeros(group.channels), 0
+    for member in group.members:
+        layer = model.get_submodule(member.layer)
+        norm = isinstance(layer, (nn.GroupNorm, nn.LayerNorm))
+        if isinstance(layer, nn.Embedding) or layer.weight is None or (norm and kind == "magnitude"):
+            continue
+        weight = layer.weight.detach().float()
+        if kind == "magnitude":
+            values = weight.square()
+        elif layer.weight.grad is None:
+            raise ValueError(f"{member.layer} has no gradient; run sparsedm.diffpruning.importance first")
+        else:
+            products = weight * layer.weight.grad.float()
+            values = products.square() if kind == "squared" and not norm else products.abs()
+        if member.axis == "in":
+            values = values.transpose(0, 1)
+        per_entry = values.reshape(values.shape[0], -1).sum(1)
+        total.index_add_(0, member.root, per_entry[member.index].cpu())
+        counted += 1
+    return total / counted if kind == "magnitude" else total
+
+
+def prune(
+    model: nn.Module,
+    ratio: float,
+    *,
+    score: str = "squared",
+    round_to: int = 1,
+    seed: int = 0,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+) -> nn.Module:
+    """A copy of `model` without the share `ratio` (0 to 1) of the channels of every group, chosen by their `scores`.
+
+    Its config holds the record of what was kept, with which `sparsedm.save` and `load` work as ever. For "squared" and
+    "absolute" the gradients of `importance` must be there.
+
+    Args:
+        round_to: channels kept are rounded up to a multiple; 4 leaves every layer open to 2:4 sparsity afterwards.
+        inputs: of one call, for models whose config does not tell their shapes.
+
+    Raises:
+        ValueError: a ratio that leaves nothing of a layer (named), a model that cannot be traced or does not run without the
+            channels, a score without gradients, or a model that is pruned already, in sparse training or packed.
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio {ratio} is not between 0 and 1")
+    if round_to < 1:
+        raise ValueError(f"round_to {round_to} is not a positive number of channels")
+    if getattr(getattr(model, "config", None), "pruning", None):
+        raise ValueError("the model is pruned already; prune the original with a higher ratio")
+    if any(layers.nm_layers(model)) or any(map(is_packed, model.modules())):
+        raise ValueError("the model is in sparse training or packed; prune the dense one, and sparsify what is left")
+    found = structure.groups(model, inputs or dryrun.example_inputs(model))
+    generator = torch.Generator().manual_seed(seed)
+    kept = [(group, structure.keep(group, scores(model, group, score, generator), ratio, round_to)) for group in found]
+    record = structure.record(model, kept)
+    pruned = copy.deepcopy(model)
+    pruned.zero_grad()
+    return structure.apply(pruned, record, inputs)

@@ -1,0 +1,275 @@
+"""Removing channels from a model for good: which ones hang together, and a record of those kept that any process can replay.
+
+A group is a set of layer axes that must lose the same channels: a convolution's outputs, the norm behind it, the inputs of
+all that read it. In UNets torch-pruning's dependency graph finds them; in U-ViT they are the hidden units of each MLP and the
+heads of each attention. The record, {layer: {"out": "0-3,6", "in": ...}}, is plain JSON in the model's config: the channels
+that stay, as runs.
+"""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.models.attention_processor import Attention as DiffusersAttention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from ..models import dryrun
+from ..models.uvit import Attention, UViTModel
+
+Record = dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One axis of a layer: its entry `index[i]` belongs to channel `root[i]` of the group."""
+
+    layer: str
+    axis: str  # "out" or "in"
+    index: torch.Tensor
+    root: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Axes that lose the same channels, 0 to `channels` - 1.
+
+    `parts` equal runs of channels (the groups of a GroupNorm, the heads of an attention) must stay equal in size. A channel is
+    `width` entries of an axis: one, or all those of a head.
+    """
+
+    channels: int
+    members: tuple[Member, ...] = field(repr=False)
+    parts: int = 1
+    width: int = 1
+
+    @property
+    def name(self) -> str:
+        """The first layer whose outputs these are."""
+        return next((m.layer for m in self.members if m.axis == "out"), self.members[0].layer)
+
+
+def groups(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[Group]:
+    """The groups of `model` whose channels can be removed without changing the shape of its output.
+
+    Raises:
+        ValueError: neither a U-ViT nor like diffusers' UNets, or torch-pruning cannot trace it.
+    """
+    if not isinstance(model, UViTModel) and not isinstance(getattr(model, "conv_out", None), nn.Conv2d):
+        known = "U-ViT, and UNets of diffusers, whose output comes from a convolution `conv_out`"
+        raise ValueError(f"Diff-Pruning knows {known}; {type(model).__name__} is neither")
+    return _uvit_groups(model) if isinstance(model, UViTModel) else _traced_groups(model, inputs)
+
+
+def _uvit_groups(model: UViTModel) -> list[Group]:
+    found = []
+    for name, block in model.named_modules():
+        if not hasattr(block, "attn") or not hasattr(block, "mlp"):
+            continue
+        heads, width = block.attn.num_heads, block.attn.proj.in_features
+        rows = torch.arange(3 * width)
+        head = torch.arange(width) // (width // heads)
+        qkv = Member(f"{name}.attn.qkv", "out", rows, head.repeat(3))
+        found.append(Group(heads, (qkv, Member(f"{name}.attn.proj", "in", rows[:width], head)), width=width // heads))
+        hidden = torch.arange(block.mlp.fc1.out_features)
+        fc1, fc2 = Member(f"{name}.mlp.fc1", "out", hidden, hidden), Member(f"{name}.mlp.fc2", "in", hidden, hidden)
+        found.append(Group(len(hidden), (fc1, fc2)))
+    return found
+
+
+def _traced_groups(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[Group]:
+    import torch_pruning as tp
+
+    model = copy.deepcopy(model)  # tracing sets it to eval mode, and leaves its hooks behind when it fails
+    names = {module: name for name, module in model.named_modules()}
+    try:
+        with torch.enable_grad():  # it follows the autograd graph
+            graph = tp.DependencyGraph().build_dependency(model, example_inputs=dict(inputs), verbose=False)
+        traced = list(graph.get_all_groups(ignored_layers=[model.conv_out], root_module_types=[nn.Conv2d, nn.Linear]))
+    except Exception as error:  # of any kind: it runs the model and walks its autograd graph
+        raise ValueError(f"torch-pruning cannot trace {type(model).__name__}: {error}") from error
+    parts = _parts(model)
+    return [_from_traced(group, names, parts, graph) for group in traced]
+
+
+def _parts(model: nn.Module) -> dict[str, int]:
+    """Layers whose outputs come in equal parts: GroupNorms, and the queries, keys and values of several heads."""
+    found = {name: module.num_groups for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
+    for name, module in model.named_modules():
+        if isinstance(module, DiffusersAttention):
+            found |= {f"{name}.{layer}": module.heads for layer in ("to_q", "to_k", "to_v")}
+    return found
+
+
+_LAYERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
+
+
+def _from_traced(traced, names: Mapping[nn.Module, str], parts: Mapping[str, int], graph) -> Group:
+    members, most = [], 1
+    for item in traced.items:
+        module = item.dep.target.module
+        if not isinstance(module, _LAYERS):
+            continue
+        reads = isinstance(module, (nn.Conv2d, nn.Linear)) and graph.is_in_channel_pruning_fn(item.dep.handler)
+        axis, name = "in" if reads else "out", names[module]
+        members.append(Member(name, axis, torch.tensor(item.idxs), torch.tensor(item.root_idxs)))
+        most = max(most, 1 if reads else parts.get(name, 1))
+    return Group(max(int(m.root.max()) for m in members) + 1, tuple(members), most)
+
+
+def keep(group: Group, scores: torch.Tensor, ratio: float, round_to: int = 1) -> torch.Tensor:
+    """The channels (sorted) that stay when those of the lowest `scores` [channels] are removed.
+
+    Of C channels C - int(C * (1 - ratio)) go, as many from each part, rounded down (Diff-Pruning's code); what stays is then
+    rounded up until the axes are multiples of `round_to`.
+
+    Raises:
+        ValueError: nothing would stay, or a score is not finite.
+    """
+    if not torch.isfinite(scores).all():
+        raise ValueError(f"the importance of {group.name} is not finite")
+    if group.channels % group.parts:
+        raise ValueError(f"{group.name} has {group.channels} channels in {group.parts} parts; they do not divide")
+    size = group.channels // group.parts
+    stay = size - (group.channels - int(group.channels * (1 - ratio) + 1e-9)) // group.parts
+    while stay < size and stay * group.parts * group.width % round_to:
+        stay += 1
+    if stay < 1:
+        raise ValueError(f"ratio {ratio} leaves {group.name} without channels; it has {group.channels} in {group.parts} part(s)")
+    best = scores.view(group.parts, size).topk(stay, dim=1).indices
+    return (best + size * torch.arange(group.parts)[:, None]).flatten().sort().values
+
+
+def record(model: nn.Module, kept: Sequence[tuple[Group, torch.Tensor]]) -> Record:
+    """What stays of every layer axis when each group keeps the given channels."""
+    stays: dict[tuple[str, str], torch.Tensor] = {}
+    for group, channels in kept:
+        alive = torch.zeros(group.channels, dtype=torch.bool)
+        alive[channels] = True
+        for member in group.members:
+            size = _size(model.get_submodule(member.layer), member.axis)
+            mask = stays.setdefault((member.layer, member.axis), torch.ones(size, dtype=torch.bool))
+            mask[member.index] &= alive[member.root]
+    found: Record = {}
+    for (layer, axis), mask in stays.items():
+        if not mask.all():
+            found.setdefault(layer, {})[axis] = _runs(mask.nonzero().flatten().tolist())
+    return found
+
+
+def _runs(channels: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2,5"."""
+    starts = [c for i, c in enumerate(channels) if not i or channels[i - 1] != c - 1]
+    ends = [c for i, c in enumerate(channels) if i == len(channels) - 1 or channels[i + 1] != c + 1]
+    return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in zip(starts, ends, strict=True))
+
+
+def channels(runs: str, size: int) -> list[int]:
+    """ "0-2,5" as [0, 1, 2, 5]. Raises ValueError if it is not runs of growing numbers below `size`."""
+    if not isinstance(runs, str) or not re.fullmatch(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", runs):
+        raise ValueError(f"{str(runs)[:60]!r} is not runs of channels like '0-2,5'")
+    found, last = [], -1
+    for run in runs.split(","):
+        first, _, end = run.partition("-")
+        stop = int(end or first) + 1
+        if not last < int(first) < stop <= size:
+            raise ValueError(f"{run!r} does not grow or is not below {size}")
+        found += range(int(first), stop)
+        last = stop - 1
+    return found
+
+
+def _size(layer: nn.Module, axis: str) -> int:
+    if isinstance(layer, nn.Embedding):
+        return layer.weight.shape[1]
+    return layer.weight.shape[0 if axis == "out" else 1]
+
+
+def apply(model: nn.Module, record: Record, inputs: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+    """Cut `model` down to the channels in `record`, in place, and note the record in its config; returns the model.
+
+    Args:
+        inputs: of one call, for models whose config does not tell their shapes.
+
+    Raises:
+        ValueError: the record names a layer or a channel that the model does not have, or the layers that it leaves do not go
+            together; the model is untouched then.
+    """
+    layers = dict(model.named_modules())
+    kept = {name: _parsed(layers.get(name), name, axes) for name, axes in record.items()}
+    heads = {name: _heads(name, module, kept) for name, module in layers.items() if isinstance(module, Attention)}
+    trial = _shrunk(dryrun.meta_copy(model), kept, heads)
+    try:
+        dryrun.positions(trial, inputs)
+    except Exception as error:  # of any kind: whatever the model's forward says to widths that it does not expect
+        raise ValueError(f"{type(model).__name__} does not run with what is left of it: {error.__cause__ or error}") from error
+    _shrunk(model, kept, heads).register_to_config(pruning=record)
+    return model
+
+
+def _shrunk(model: nn.Module, kept: Mapping[str, dict[str, list[int]]], heads: Mapping[str, int]) -> nn.Module:
+    layers = dict(model.named_modules())
+    for name, count in heads.items():
+        layers[name].num_heads = count
+    for name, axes in kept.items():
+        _cut(layers[name], *(torch.tensor(axes[axis]) if axis in axes else None for axis in ("out", "in")))
+    for module in model.modules():
+        if isinstance(module, DiffusersAttention):  # for processors that scale by themselves
+            module.inner_dim = module.to_q.out_features
+            module.scale = (module.inner_dim // module.heads) ** -0.5
+        if isinstance(module, (Upsample2D, Downsample2D)) and getattr(module, "conv", None) is not None:
+            module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
+    return model
+
+
+def _parsed(layer: nn.Module | None, name: str, axes: object) -> dict[str, list[int]]:
+    """The channels that stay of a layer's axes."""
+    if not isinstance(layer, _LAYERS):
+        raise ValueError(f"the pruning record names {name}, which is no layer of the model")
+    known = ("out", "in") if isinstance(layer, (nn.Conv2d, nn.Linear)) else ("out",)
+    if not isinstance(axes, dict) or not set(axes) <= set(known):
+        raise ValueError(f"the pruning record does not fit {name}: it has {' and '.join(known)}, not {str(axes)[:60]}")
+    try:
+        return {axis: channels(runs, _size(layer, axis)) for axis, runs in axes.items()}
+    except ValueError as error:
+        raise ValueError(f"the pruning record does not fit {name}: {error}") from error
+
+
+def _heads(name: str, attention: Attention, stays: Mapping[str, dict[str, list[int]]]) -> int:
+    """How many heads of a U-ViT attention stay; queries, keys, values and the projection must lose the same whole ones."""
+    if not {f"{name}.qkv", f"{name}.proj"} & set(stays):
+        return attention.num_heads
+    width = attention.proj.in_features
+    size = width // attention.num_heads
+    columns = stays.get(f"{name}.proj", {}).get("in", [])
+    kept = [entry // size for entry in columns[::size]]
+    whole = [head * size + i for head in kept for i in range(size)]
+    rows = [part * width + entry for part in range(3) for entry in whole]
+    if not kept or columns != whole or stays.get(f"{name}.qkv", {}).get("out") != rows:
+        raise ValueError(f"the pruning record does not fit {name}: its heads are not whole")
+    return len(kept)
+
+
+def _cut(layer: nn.Module, out: torch.Tensor | None, into: torch.Tensor | None) -> None:
+    axes = {nn.Embedding: {1: out}}.get(type(layer), {0: out, 1: into})
+    for axis, kept in axes.items():
+        if kept is not None and layer.weight is not None:
+            layer.weight = _selected(layer.weight, axis, kept)
+    if out is not None and getattr(layer, "bias", None) is not None:
+        layer.bias = _selected(layer.bias, 0, out)
+    for names, kept in ((_WIDTHS_OUT, out), (_WIDTHS_IN, into)):
+        for name in names:
+            if kept is not None and hasattr(layer, name):
+                setattr(layer, name, (len(kept),) if name == "normalized_shape" else len(kept))
+
+
+_WIDTHS_OUT = ("out_channels", "out_features", "num_channels", "normalized_shape", "embedding_dim")
+_WIDTHS_IN = ("in_channels", "in_features")
+
+
+def _selected(weight: nn.Parameter, axis: int, kept: torch.Tensor) -> nn.Parameter:
+    chosen = weight.detach().index_select(axis, kept.to(weight.device)).contiguous()
+    return nn.Parameter(chosen, weight.requires_grad)

@@ -1,0 +1,1 @@
+"""Files, processes, timing: what knows nothing of diffusion."""
