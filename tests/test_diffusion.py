@@ -10,6 +10,7 @@ from torch import nn
 from sparsedm import diffusion
 from sparsedm.checkpoints import folders
 from sparsedm.diffusion import make_scheduler, predict_x0, sample, start_noise
+from sparsedm.models import denoisers
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True}
@@ -145,7 +146,7 @@ def test_an_unconditional_model_gets_no_labels():
     ({"num_classes": 37}, 36), ({"num_class_embeds": 5}, 4), ({"num_classes": None, "num_class_embeds": None}, None), ({}, None),
 ], ids=str)  # fmt: skip
 def test_null_label_is_the_last_of_the_table(config, null):
-    assert diffusion.null_label(SimpleNamespace(config=SimpleNamespace(**config))) == null
+    assert denoisers.null_label(SimpleNamespace(config=SimpleNamespace(**config))) == null
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------

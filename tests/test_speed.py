@@ -33,7 +33,7 @@ def test_another_device_computes_and_onednn_is_left_out():
     shapes = (("float32",), (1,), 1)
     with pytest.raises(ValueError, match="no packed kernel on meta"):
         list(speed.measure_layers(*shapes, shapes=((16, 32),), device="meta"))
-    models = {name: speed._as(sparsedm.load("glyphs-uvit"), torch.float32, "meta") for name in ("dense", "packed")}
+    models = {name: speed.cast(sparsedm.load("glyphs-uvit"), torch.float32, "meta") for name in ("dense", "packed")}
     row = speed.compare("step", models, batch=1, compiled=False, rounds=1)
     assert {"dense", "packed"} < set(row["ms"]) and speed.ONEDNN not in row["ms"] and row["speedup_over_onednn"] is None
     assert speed.all_threads("meta") == (torch.get_num_threads(),)

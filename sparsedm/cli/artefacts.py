@@ -69,6 +69,7 @@ def generate(
     from ..data import latents
     from ..masking import layers
     from ..measure import evaluation
+    from ..models import denoisers
     from ..packing import packed
     from ..support import processes
     from ..training import runlog
@@ -78,7 +79,7 @@ def generate(
     evaluation.check_decoder(loaded, decoder)
     if pack and layers.patterns(loaded):
         packed.pack(loaded)
-    null = diffusion.null_label(loaded)
+    null = denoisers.null_label(loaded)
     labels = data.word_labels(word) if word else None
     n = n if labels is None else len(labels)
     if labels is None and null is not None:

@@ -133,7 +133,7 @@ def _saved(path: Path, settings: dict[str, str]) -> list[torch.Tensor]:
 
 def labels(model: nn.Module, n: int) -> torch.Tensor | None:
     """The classes [n] that are asked for, all in turn; None for an unconditional model."""
-    null = diffusion.null_label(model)
+    null = denoisers.null_label(model)
     return None if null is None else torch.arange(n) % null
 
 

@@ -230,7 +230,7 @@ class _StepDraw:
     ):
         self.nothing = nothing or {}  # the arguments that mean "no condition"
         self.model, self.scheduler, self.config, self.accelerator = model, scheduler, config, accelerator
-        self.null = diffusion.null_label(model)
+        self.null = denoisers.null_label(model)
 
     @contextlib.contextmanager
     def random_stream(self, step: int) -> Iterator[None]:

@@ -9,6 +9,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, WandBTrack
 
 from .. import diffusion, plots
 from ..masking import layers
+from ..models import denoisers
 from ..support import processes
 from ..support.files import replacing
 from . import distill
@@ -48,7 +49,7 @@ class RunLog:
     def draw(self, state: distill.TrainState) -> Path:
         """Draw a grid of the averaged model's pictures, always from the same noise, into samples/ beside the log."""
         model = state.ema_model()
-        null = diffusion.null_label(model)
+        null = denoisers.null_label(model)
         labels = None if null is None else torch.arange(GRID) % null
         images = diffusion.generate(model, diffusion.start_noise(model, GRID), sampler="dpm++", steps=20, class_labels=labels)
         grid, path = plots.picture(images, columns=4, scale=scale(images)), self.path.parent / "samples" / f"{state.step:08d}.png"

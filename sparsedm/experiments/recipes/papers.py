@@ -7,8 +7,8 @@ an official checkpoint: put its folder at OUT/NAME/model.
 
 from dataclasses import replace
 
-from ...models.papers import PAPER_MODELS
 from ...measure.protocol import Protocol
+from ...models.papers import PAPER_MODELS
 from .base import Recipe
 
 _LINEAR = {
