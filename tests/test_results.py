@@ -54,6 +54,10 @@ def timed(path, **speedups) -> None:
     (path / "bench-methods.json").write_text(json.dumps({"rows": rows}))
 
 
+def verdict(claim: str) -> claims.Verdict:
+    return next(found for (_, name, _), found in zip(claims.CLAIMS, claims.verdicts(BASE), strict=True) if name == claim)
+
+
 def test_seeds_make_one_row_with_mean_and_deviation(runs):
     lines = results.short_table(BASE).splitlines()
     methods = [line.split("|")[1].strip() for line in lines[2:-2]]
@@ -86,7 +90,7 @@ def test_scores_are_told_apart_by_a_t_test_with_the_spread_of_all_seeds(runs):
     found = claims.chance()
     assert (found.deviation, found.freedom) == (pytest.approx(deviation), 3)
     own = f"most of all, {b.std(ddof=1):.0%}, in {RECIPES[f'{BASE}-short-diffpruned'].title})"
-    assert own in claims._told_apart()
+    assert own in claims.table((BASE,))
     one, three = claims.Score(3.0), claims.Score(3.0, 3)
     for runs_of_each, mine in (((1, 1), one), ((3, 1), three)):
         reach = 3.1824 * deviation * np.sqrt(sum(1 / n for n in runs_of_each))  # 95 % of Student's t lies within it
@@ -98,7 +102,7 @@ def test_scores_are_told_apart_by_a_t_test_with_the_spread_of_all_seeds(runs):
         for share, word in ((0.99, 0), (1.01, 1)):
             for sign in (1, -1):
                 assert found.within(mine, claims.Score(3.0 / 1.1 / np.exp(share * sign * reach))) == word * sign
-    between = claims._between(claims.Score(2.0, 3), claims.Score(8.0), 0.5)
+    between = claims.between(claims.Score(2.0, 3), claims.Score(8.0), 0.5)
     assert between.fd == pytest.approx(4.0) and 1 / between.runs == pytest.approx((1 / 3 + 1) / 4)
 
 
@@ -106,31 +110,37 @@ def test_without_seeds_nothing_is_told_apart(store):
     for end in ("", "-2x4", "-short-teacher", "-short-2x4", "-short-2x4-progressive", "-more", "-more-gentle"):
         store(BASE + end, 2.0)
     assert "how large chance is: no method has several seeds" in claims.table((BASE,))
-    verdict = dict(zip([claim for _, claim, _ in claims.CLAIMS], claims.verdicts(BASE), strict=True))
-    assert verdict["... at the same quality"] == claims.Verdict(claims.OPEN, "not run (several seeds of a method)")
+    assert verdict("... at the same quality") == claims.Verdict(claims.OPEN, "not run (several seeds of a method)")
 
 
 def test_verdicts_take_the_seeds_into_account(runs):
-    verdict = dict(zip([claim for _, claim, _ in claims.CLAIMS], claims.verdicts(BASE), strict=True))
-    helps = verdict["the teacher's term helps"]
+    helps = verdict("the teacher's term helps")
     assert helps.word == claims.OPEN and helps.figures.endswith("3.20 (2:4, SR-STE without teacher); teacher's loss alone 4.50")
-    assert verdict["better than removing channels at half the MACs"].word == claims.HOLDS
-    assert verdict["pictures stay close to the original's"].figures == "not run (pruned shape from scratch)"
+    assert verdict("better than removing channels at half the MACs").word == claims.HOLDS
+    assert verdict("pictures stay close to the original's").figures == "not run (pruned shape from scratch)"
     runs(f"{BASE}-short-2x4-srste", 2.0, macs=500)
     assert claims.Evidence(BASE).better("2x4", ["2x4-srste", "2x4-progressive"]).word == claims.FAILS
+
+
+def test_a_mistake_in_a_judge_is_no_verdict(runs, monkeypatch):
+    """Only missing evidence makes a claim "not run"; a wrong key fails."""
+    for broken in (lambda found: {}["2x4"], lambda found: found.short("no such role")):
+        monkeypatch.setattr(claims, "CLAIMS", (("SparseDM", "a claim", broken),))
+        with pytest.raises(KeyError):
+            claims.verdicts(BASE)
 
 
 @pytest.mark.parametrize(("fd", "word"), [(1.75, claims.HOLDS), (2.2, claims.OPEN), (2.75, claims.FAILS)])
 def test_cheap_is_a_tenth_or_a_fifth_of_the_teachers_training(runs, fd, word):
     assert (
-        claims._judged(claims._cheap, claims.Evidence(BASE)).figures
+        verdict("... at 10 to 20 % of the training, quality kept").figures
         == "not run (Diff-Pruning, a fifth of the teacher's training)"
     )
     runs(BASE, 2.0, train_images=640_000)
     runs(f"{BASE}-diffpruned-fifth", fd, train_images=128_000)
-    verdict = claims._cheap(claims.Evidence(BASE))
+    found = verdict("... at 10 to 20 % of the training, quality kept")
     figures = f"5.00, teacher 2.00, after 10% of its training; {fd:.2f}, teacher 2.00, after 20% of its training"
-    assert verdict == claims.Verdict(word, figures)
+    assert found == claims.Verdict(word, figures)
 
 
 @pytest.mark.parametrize(("teacher", "dense", "gentle", "word"), [
@@ -141,15 +151,15 @@ def test_quality_is_kept_if_chance_does_not_explain_it(runs, teacher, dense, gen
     for end, fd in (("", teacher), ("-more", dense), ("-more-gentle", gentle), ("-2x4", 1.7)):
         runs(BASE + end, fd)
     rivals = f"teacher {teacher:.2f}, dense with the same extra training {dense:.2f}, at lr 3e-4 {gentle:.2f}"
-    assert claims._kept("2x4")(claims.Evidence(BASE)) == claims.Verdict(word, f"1.70; {rivals}")
+    assert verdict("... at the same quality") == claims.Verdict(word, f"1.70; {rivals}")
 
 
 @pytest.mark.parametrize(("taylor", "word"), [(7.0, claims.HOLDS), (5.2, claims.OPEN), (3.5, claims.FAILS)])
 def test_dropping_timesteps_helps_if_the_papers_threshold_does(runs, taylor, word):
     for key, fd in (("taylor", taylor), ("threshold-0.02", 1.0), ("threshold-0.2", 9.0)):
         runs(f"{BASE}-short-{key}", fd)
-    verdict = claims._thresholds(claims.Evidence(BASE))
-    assert verdict == claims.Verdict(word, f"{taylor:.2f} with all timesteps, 1.00 (0.02), 5.00 (0.05), 9.00 (0.2)")
+    found = verdict("dropping noisy timesteps from the importance helps")
+    assert found == claims.Verdict(word, f"{taylor:.2f} with all timesteps, 1.00 (0.02), 5.00 (0.05), 9.00 (0.2)")
 
 
 @pytest.mark.parametrize(("ssim", "scratch", "word"), [
@@ -158,25 +168,23 @@ def test_dropping_timesteps_helps_if_the_papers_threshold_does(runs, taylor, wor
 def test_close_is_as_close_as_in_the_paper_and_closer_than_from_scratch(runs, ssim, scratch, word):
     runs(f"{BASE}-short-diffpruned", 5.0, ssim=ssim)
     runs(f"{BASE}-short-scratch", 9.0, ssim=scratch)
-    assert claims._consistent(claims.Evidence(BASE)).word == word
+    assert verdict("pictures stay close to the original's").word == word
 
 
 def test_fixed_and_progressive_are_judged_at_the_papers_constant_rate(runs):
     runs(f"{BASE}-short-2x4-constant", 3.0, macs=500)
     runs(f"{BASE}-short-2x4-progressive-constant", 3.1, macs=500)
-    verdict = claims._fixed(claims.Evidence(BASE))
-    assert verdict.word == claims.OPEN and verdict.figures.startswith(
-        "3.00 against 3.10 (2:4, SparseDM, progressive, constant rate)"
-    )
-    assert verdict.figures.endswith("3.03 against 4.00 with a rate that falls to 0")
+    found = verdict("a fixed 2:4 beats progressive patterns")
+    assert found.word == claims.OPEN and found.figures.startswith("3.00 against 3.10 (2:4, SparseDM, progressive, constant rate)")
+    assert found.figures.endswith("3.03 against 4.00 with a rate that falls to 0")
 
 
 @pytest.mark.parametrize(("speedup", "word"), [(1.5, claims.HOLDS), (1.3, claims.FAILS)])
 def test_faster_is_faster_than_onednn_too(runs, tmp_path, speedup, word):
     timed(tmp_path, **{"2x4": speedup})
-    verdict = claims._faster("2x4")(claims.Evidence(BASE))
+    found = verdict("it runs faster")
     figures = f"{speedup:.2f} times faster, {0.8 * speedup:.2f} over oneDNN; batch 3, 5 threads"
-    assert verdict == claims.Verdict(word, figures)
+    assert found == claims.Verdict(word, figures)
 
 
 def test_equal_time_is_between_two_widths(runs, tmp_path):
@@ -186,18 +194,19 @@ def test_equal_time_is_between_two_widths(runs, tmp_path):
     runs(f"{BASE}-short-diffpruned-quarter", 8.0, macs=250)
     shares = {"2x4": 0.8, "diffpruned": 0.5, "diffpruned_most": 0.6, "diffpruned_quarter": 0.3}  # of the dense model's best time
     timed(tmp_path, **{name: 1 / 0.8 / share for name, share in shares.items()})
-    verdict = claims._equal_time(claims.Evidence(BASE))  # 0.8 is half way, logarithmically, from 2.0 (at 1) to 4.0 (at 0.6)
-    assert verdict.figures == "3.03 against 2.83 at 80% of the dense time (3.16 if the dense model counts at lr 3e-4)"
-    assert verdict.word == claims.OPEN
+    claim = "better than Diff-Pruning at equal measured time"
+    found = verdict(claim)  # 0.8 is half way, logarithmically, from 2.0 (at 1) to 4.0 (at 0.6)
+    assert found.figures == "3.03 against 2.83 at 80% of the dense time (3.16 if the dense model counts at lr 3e-4)"
+    assert found.word == claims.OPEN
     timed(tmp_path, **{name: 1 / 0.8 / share for name, share in {**shares, "2x4": 1.05}.items()})  # slower than the dense model
-    assert claims._equal_time(claims.Evidence(BASE)).figures.startswith("3.03 against 2.00 at 105% of the dense time (2.50")
+    assert verdict(claim).figures.startswith("3.03 against 2.00 at 105% of the dense time (2.50")
     timed(tmp_path, **{name: 1 / 0.8 / share for name, share in {**shares, "2x4": 0.2}.items()})  # faster than all
-    assert claims._equal_time(claims.Evidence(BASE)).figures == "no pruned model is as fast (0.20 of the dense time)"
+    assert verdict(claim).figures == "no pruned model is as fast (0.20 of the dense time)"
     timed(tmp_path, **{name: 1 / 0.8 / share for name, share in shares.items()})
     runs(f"{BASE}-short-more-gentle", 1.0)  # against which it loses, while against the other chance decides
-    assert claims._equal_time(claims.Evidence(BASE)).word == claims.OPEN
+    assert verdict(claim).word == claims.OPEN
     runs(f"{BASE}-short-more", 1.0)
-    assert claims._equal_time(claims.Evidence(BASE)).word == claims.FAILS
+    assert verdict(claim).word == claims.FAILS
 
 
 def test_every_stored_run_says_how_it_was_made_and_what_came_out():

@@ -41,6 +41,10 @@ class Verdict:
         return f"**{self.word}**: {self.figures}"
 
 
+class MissingEvidence(Exception):
+    """A result that a claim needs and that has not been measured; the message names it."""
+
+
 class Score(NamedTuple):
     """FD-glyph, and the number of runs that it is the mean of."""
 
@@ -61,11 +65,11 @@ class Chance:
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "Chance":
-        """Pooled over the rows with several runs. Raises KeyError if there is none."""
+        """Pooled over the rows with several runs. Raises MissingEvidence if there is none."""
         several = [row for row in rows if len(row.runs) > 1]
         freedom = sum(len(row.runs) - 1 for row in several)
         if not freedom:
-            raise KeyError("several seeds of a method")
+            raise MissingEvidence("several seeds of a method")
         squares = sum(_deviation(row) ** 2 * (len(row.runs) - 1) for row in several)
         return cls(math.sqrt(squares / freedom), freedom)
 
@@ -92,7 +96,7 @@ def _sign(gap: float, reach: float) -> int:
 
 
 def chance() -> Chance:
-    """What the stored results of both suites tell about chance. Raises KeyError if no method has several seeds."""
+    """What the stored results of both suites tell about chance. Raises MissingEvidence if no method has several seeds."""
     return Chance.of(_rows())
 
 
@@ -101,12 +105,25 @@ def _rows() -> list[Row]:
 
 
 class Evidence:
-    """The stored results of one teacher and its students, by the last part of the recipe's name ("2x4", "diffpruned")."""
+    """The stored results of one teacher and its students, by suite and by the recipe's role ("2x4", "diffpruned")."""
 
     def __init__(self, base: str):
         self.base = base
-        self.short = {row.name.removeprefix(f"{base}-short-"): row for row in results.load("short", base)}
-        self.long = {row.name.removeprefix(base).lstrip("-") or "teacher": row for row in results.load("headline", base)}
+        self._rows = {(row.recipe.suite, row.recipe.role): row for suite in results.SUITES for row in results.load(suite, base)}
+
+    def short(self, role: str) -> Row:
+        """The row of the short suite. Raises MissingEvidence if the recipe was not run."""
+        return self._row("short", role)
+
+    def long(self, role: str) -> Row:
+        """The row of the headline suite. Raises MissingEvidence if the recipe was not run."""
+        return self._row("headline", role)
+
+    def _row(self, suite: str, role: str) -> Row:
+        if row := self._rows.get((suite, role)):
+            return row
+        methods = {(each.suite, each.role): each.method for name, each in RECIPES.items() if (each.base or name) == self.base}
+        raise MissingEvidence(methods[suite, role])
 
     @functools.cached_property
     def chance(self) -> Chance:
@@ -122,7 +139,7 @@ class Evidence:
 
     def better(self, a: str, others: Iterable[str]) -> Verdict:
         """Whether a short run is better than every one of the others."""
-        row, rivals = self.short[a], [self.short[name] for name in others]
+        row, rivals = self.short(a), [self.short(name) for name in others]
         figures = ", ".join(f"{rival.fd:.2f} ({rival.recipe.method})" for rival in rivals)
         return Verdict(_all(self.compare(row, rival) for rival in rivals), f"{row.fd:.2f} against {figures}")
 
@@ -135,7 +152,7 @@ def _all(outcomes: Iterable[int]) -> str:
 
 def _half(key: str) -> Callable[[Evidence], Verdict]:
     def judge(found: Evidence) -> Verdict:
-        row, teacher = found.long[key], found.long["teacher"]
+        row, teacher = found.long(key), found.long("teacher")
         products = [each.runs[0]["macs"]["attention"] for each in (row, teacher)]
         share, layers_alone = row.macs / teacher.macs, (row.macs - products[0]) / (teacher.macs - products[1])
         figures = f"{share:.0%} of the MACs, {layers_alone:.0%} without attention's products"
@@ -158,7 +175,7 @@ def _kept(key: str) -> Callable[[Evidence], Verdict]:
     """The quality of a headline model against the teacher's and those of the dense model trained as long, at both rates."""
 
     def judge(found: Evidence) -> Verdict:
-        row, teacher, rival, gentle = (found.long[name] for name in (key, "teacher", "more", "more-gentle"))
+        row, teacher, rival, gentle = (found.long(name) for name in (key, "teacher", "more", "more-gentle"))
         word = _all(found.within(row, other) for other in (teacher, rival, gentle))
         dense = f"dense with the same extra training {rival.fd:.2f}, at lr 3e-4 {gentle.fd:.2f}"
         return Verdict(word, f"{row.fd:.2f}; teacher {teacher.fd:.2f}, {dense}")
@@ -171,21 +188,21 @@ def _better(a: str, *others: str) -> Callable[[Evidence], Verdict]:
 
 
 def _teacher_helps(found: Evidence) -> Verdict:
-    verdict, alone = found.better("2x4", ["2x4-srste"]), found.short["2x4-teacher-only"]
-    better = found.compare(alone, found.short["2x4-srste"]) == -1
+    verdict, alone = found.better("2x4", ["2x4-srste"]), found.short("2x4-teacher-only")
+    better = found.compare(alone, found.short("2x4-srste")) == -1
     return Verdict(verdict.word, f"{verdict.figures}; teacher's loss alone {alone.fd:.2f}{', which is better' if better else ''}")
 
 
 def _fixed(found: Evidence) -> Verdict:
     """By the runs at a constant rate, the papers': a falling one leaves little to the pattern that comes last."""
     verdict = found.better("2x4-constant", ["2x4-progressive-constant"])
-    falling = [found.short[key].fd for key in ("2x4", "2x4-progressive")]
+    falling = [found.short(key).fd for key in ("2x4", "2x4-progressive")]
     return Verdict(verdict.word, f"{verdict.figures}; {falling[0]:.2f} against {falling[1]:.2f} with a rate that falls to 0")
 
 
 def _faster(key: str) -> Callable[[Evidence], Verdict]:
     def judge(found: Evidence) -> Verdict:
-        row = found.short[key]
+        row = found.short(key)
         best = _timed(row)
         converted = f", {row.speedup_over_onednn:.2f} over oneDNN" if row.speedup_over_onednn else ""  # which GPUs lack
         figures = f"{row.speedup:.2f} times faster{converted}; {row.timed_with}"
@@ -199,7 +216,7 @@ def _equal_time(found: Evidence) -> Verdict:
 
     The widest is the dense model, trained as the students were or at the rate that suits it better; both must agree.
     """
-    row = found.short["2x4"]
+    row = found.short("2x4")
     time = 1 / _timed(row)
     rival, gentle = (_rival(found, dense, time) for dense in ("more", "more-gentle"))
     if rival is None or gentle is None:
@@ -213,16 +230,16 @@ def _equal_time(found: Evidence) -> Verdict:
 
 def _rival(found: Evidence, dense: str, time: float) -> Score | None:
     """What a model that takes this share of the dense time, or less, would score; None if pruned ones all take more."""
-    widths = [(1.0, Score.of(found.short[dense]))]
+    widths = [(1.0, Score.of(found.short(dense)))]
     for key in ("diffpruned-most", "diffpruned", "diffpruned-quarter"):
-        widths.append((1 / _timed(found.short[key]), Score.of(found.short[key])))
+        widths.append((1 / _timed(found.short(key)), Score.of(found.short(key))))
     for (t0, one), (t1, other) in itertools.pairwise(sorted(widths)):
         if t0 <= time <= t1:
-            return _between(one, other, (time - t0) / (t1 - t0))
+            return between(one, other, (time - t0) / (t1 - t0))
     return widths[0][1] if time > 1 else None
 
 
-def _between(a: Score, b: Score, share: float) -> Score:
+def between(a: Score, b: Score, share: float) -> Score:
     """`share` of the way from `a` to `b`, logarithmically, with the number of runs that has the variance of this mean."""
     fd = a.fd ** (1 - share) * b.fd**share
     return Score(fd, 1 / ((1 - share) ** 2 / a.runs + share**2 / b.runs))
@@ -230,14 +247,14 @@ def _between(a: Score, b: Score, share: float) -> Score:
 
 def _timed(row: Row) -> float:
     if row.speedup_best is None:
-        raise KeyError(f"time of {row.name}")
+        raise MissingEvidence(f"time of {row.name}")
     return row.speedup_best
 
 
 def _cheap(found: Evidence) -> Verdict:
     """Diff-Pruning's 10 to 20 % of the training: the short run is a tenth of the teacher's, another one a fifth."""
-    images = found.long["teacher"].images
-    rows = (found.short["diffpruned"], found.short["teacher"]), (found.long["diffpruned-fifth"], found.long["teacher"])
+    images = found.long("teacher").images
+    rows = (found.short("diffpruned"), found.short("teacher")), (found.long("diffpruned-fifth"), found.long("teacher"))
     outcomes = {found.within(row, teacher) for row, teacher in rows}
     word = HOLDS if -1 in outcomes else FAILS if outcomes == {1} else OPEN
     figures = (
@@ -248,14 +265,14 @@ def _cheap(found: Evidence) -> Verdict:
 
 def _thresholds(found: Evidence) -> Verdict:
     keys = ("threshold-0.02", "diffpruned", "threshold-0.2")
-    taylor = found.short["taylor"]
-    word = _all([found.compare(found.short["diffpruned"], taylor)])  # at the paper's threshold
-    sweep = ", ".join(f"{found.short[key].fd:.2f} ({found.short[key].recipe.prune['threshold']:g})" for key in keys)
+    taylor = found.short("taylor")
+    word = _all([found.compare(found.short("diffpruned"), taylor)])  # at the paper's threshold
+    sweep = ", ".join(f"{found.short(key).fd:.2f} ({found.short(key).recipe.prune['threshold']:g})" for key in keys)
     return Verdict(word, f"{taylor.fd:.2f} with all timesteps, {sweep}")
 
 
 def _consistent(found: Evidence) -> Verdict:
-    rows = [found.short[key] for key in ("diffpruned", "scratch", "2x4")]
+    rows = [found.short(key) for key in ("diffpruned", "scratch", "2x4")]
     pruned, scratch = (row.mean("ssim_to_base") for row in rows[:2])
     word = HOLDS if pruned >= CONSISTENT and pruned > scratch else FAILS
     return Verdict(word, "SSIM " + ", ".join(f"{r.mean('ssim_to_base'):.3f} ({r.recipe.method})" for r in rows))
@@ -291,10 +308,8 @@ def verdicts(base: str) -> list[Verdict]:
 def _judged(judge: Callable[[Evidence], Verdict], found: Evidence) -> Verdict:
     try:
         return judge(found)
-    except KeyError as missing:
-        what = missing.args[0]
-        absent = RECIPES.get(f"{found.base}-short-{what}") or RECIPES.get(f"{found.base}-{what}")
-        return Verdict(OPEN, f"not run ({absent.method if absent else what})")
+    except MissingEvidence as missing:
+        return Verdict(OPEN, f"not run ({missing})")
 
 
 _RULES = f"""
@@ -326,7 +341,7 @@ def _told_apart() -> str:
     """The yardstick of chance in a sentence or two."""
     try:
         found = chance()
-    except KeyError:
+    except MissingEvidence:
         return "Nothing tells how large chance is: no method has several seeds."
     single, three = (math.expm1(found.reach(runs, runs)) for runs in (1, 3))
     most = max((row for row in _rows() if len(row.runs) > 1), key=_deviation)

@@ -11,9 +11,12 @@ class Recipe:
 
     Attributes:
         suite: "headline", "short" or "paper".
-        backbone, method: as tables name them.
+        backbone: the kind of network, as tables name it.
+        method: what was done to it, as tables name it.
         base: the recipe whose model it starts from ("" for random weights): the teacher of a student.
-        model: class and config of a model trained from scratch; schedule: its noise schedule and prediction type.
+        role: what it is among the recipes of its suite with the same base: "teacher", "2x4", "diffpruned", ...
+        model: class and config of a model trained from scratch.
+        schedule: its noise schedule and prediction type.
         pattern: N:M of a student; "" for dense.
         sparsify: options of `sparsedm.sparsify` for it.
         prune: `diffpruning.prune`'s options, with the `threshold` of its importance; {} for whole models. With `reinit` the
@@ -29,6 +32,7 @@ class Recipe:
     backbone: str
     method: str
     base: str = ""
+    role: str = "teacher"
     model: tuple[type, dict] | None = None
     schedule: dict = field(default_factory=dict)
     pattern: str = ""

@@ -61,18 +61,31 @@ def _headline(base: str, backbone: str, model: tuple[type, dict], teach: dict, t
     fifth = {**tune, "steps": teach["steps"] // 5}  # the most that the paper claims to need
     return {
         base: Recipe("headline", backbone, "teacher", model=model, schedule=_SCHEDULE, train=teach, bundle=True),
-        f"{base}-more": Recipe("headline", backbone, "dense, same extra training", base, train=tune, seeds=3),
+        f"{base}-more": Recipe("headline", backbone, "dense, same extra training", base, "more", train=tune, seeds=3),
         f"{base}-more-gentle": Recipe(
-            "headline", backbone, "dense, same extra training, lr 3e-4", base, train={**tune, **_GENTLE}
+            "headline", backbone, "dense, same extra training, lr 3e-4", base, "more-gentle", train={**tune, **_GENTLE}
         ),
-        f"{base}-2x4-oneshot": Recipe("headline", backbone, "2:4, one-shot", base, pattern="2:4"),
-        f"{base}-2x4": Recipe("headline", backbone, "2:4, SparseDM", base, pattern="2:4", distil=True, **student),
+        f"{base}-2x4-oneshot": Recipe("headline", backbone, "2:4, one-shot", base, "2x4-oneshot", pattern="2:4"),
+        f"{base}-2x4": Recipe("headline", backbone, "2:4, SparseDM", base, "2x4", pattern="2:4", distil=True, **student),
         f"{base}-2x4-teacher-only": Recipe(
-            "headline", backbone, "2:4, teacher's loss only", base, pattern="2:4", distil=True, train={**tune, **_TEACHER_ONLY}
+            "headline",
+            backbone,
+            "2:4, teacher's loss only",
+            base,
+            "2x4-teacher-only",
+            pattern="2:4",
+            distil=True,
+            train={**tune, **_TEACHER_ONLY},
         ),
-        f"{base}-diffpruned": Recipe("headline", backbone, "Diff-Pruning", base, prune=pruned, **student),
+        f"{base}-diffpruned": Recipe("headline", backbone, "Diff-Pruning", base, "diffpruned", prune=pruned, **student),
         f"{base}-diffpruned-fifth": Recipe(
-            "headline", backbone, "Diff-Pruning, a fifth of the teacher's training", base, prune=pruned, train=fifth
+            "headline",
+            backbone,
+            "Diff-Pruning, a fifth of the teacher's training",
+            base,
+            "diffpruned-fifth",
+            prune=pruned,
+            train=fifth,
         ),
     }
 
@@ -86,7 +99,7 @@ def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, fl
 
     def add(key: str, method: str, seeds: int = 1, watch: bool = False, **options) -> None:
         options = {"train": train, "protocol": _SHORT_PROTOCOL, "watch": _WATCH if watch else (), "seeds": seeds, **options}
-        found[f"{base}-short-{key}"] = Recipe("short", backbone, method, base, **options)
+        found[f"{base}-short-{key}"] = Recipe("short", backbone, method, base, key, **options)
 
     def pruned(ratio: float = half, score: str = "squared", threshold: float | None = 0.05) -> dict:
         return {"ratio": ratio, "round_to": 4, "score": score, "threshold": threshold}

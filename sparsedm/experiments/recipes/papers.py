@@ -63,7 +63,7 @@ def _sparsedm(
 
     def add(key: str, method: str, pattern: str = "2:4", **options) -> None:
         options = {"train": train, "data": data, "protocol": protocol, **options}
-        found[f"{base}-{key}"] = Recipe("paper", model, method, base, pattern=pattern, **options)
+        found[f"{base}-{key}"] = Recipe("paper", model, method, base, key, pattern=pattern, **options)
 
     add("more", "dense, same extra training", "")
     add("2x4", "2:4, SparseDM", distil=True)
@@ -92,7 +92,7 @@ def _diffpruning(base: str, model: str, data: str, train: dict, teacher_steps: i
     def add(key: str, method: str, options: dict | None = None, **prune) -> None:
         options = {"train": train, "data": data, "protocol": _DDIM, **(options or {})}
         options["prune"] = {"ratio": 0.3, **prune} if prune else {}
-        found[f"{base}-{key}"] = Recipe("paper", model, method, base, **options)
+        found[f"{base}-{key}"] = Recipe("paper", model, method, base, key, **options)
 
     add("more", "dense, same extra training")
     add("diffpruned", "Diff-Pruning", score="squared", threshold=threshold)
