@@ -8,8 +8,9 @@ import torch
 import yaml
 
 import sparsedm
-from sparsedm.checkpoints import folders, hub
+from sparsedm.checkpoints import folders
 from sparsedm.masking import layers
+from sparsedm.measure import hub
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from scipy import stats
 from ..masking import layers
 from ..measure import macs
 from ..models.uvit import UViTModel
+from ..support import markdown
 from . import results
 from .recipes import RECIPES, Recipe
 from .results import Row
@@ -327,14 +328,8 @@ def table(bases: tuple[str, ...] = ("glyphs-uvit", "glyphs-unet")) -> str:
     """The claims and their verdicts as a Markdown table, one column per teacher."""
     columns = [verdicts(base) for base in bases]
     names = [results.load("headline", base)[0].recipe.backbone for base in bases]
-    lines = [f"| paper | claim | {' | '.join(names)} |", "|---" * (2 + len(bases)) + "|"]
-    for (paper, claim, _), *cells in zip(CLAIMS, *columns, strict=True):
-        lines.append(f"| {paper} | {claim} | {' | '.join(map(str, cells))} |")
-    lines += [
-        "",
-        f"{' '.join(_RULES.split())} {_told_apart()}",
-    ]
-    return "\n".join(lines)
+    rows = ((paper, claim, *cells) for (paper, claim, _), *cells in zip(CLAIMS, *columns, strict=True))
+    return f"{markdown.table(('paper', 'claim', *names), rows)}\n\n{' '.join(_RULES.split())} {_told_apart()}"
 
 
 def _told_apart() -> str:

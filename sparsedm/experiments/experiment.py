@@ -25,18 +25,18 @@ from ..checkpoints import folders
 from ..masking import layers, nm
 from ..measure import evaluation, macs, metrics
 from ..measure.evaluation import Progress
-from ..models import classifier, denoisers
+from ..models import denoisers
 from ..models.uvit import UViTModel
 from ..pruning import diffpruning, structure
 from ..support import processes
 from ..support.files import replacing
 from ..training import distill
 from ..training.runlog import RunLog, read
+from . import glyph_classifier
 from .recipes import CLASSIFIER, Protocol, Recipe, recipe, run_name
-from .results import RESULTS, card
+from .results import RESULTS, RESULTS_FILE, card, write_json
 
 IMPORTANCE_PICTURES = 128  # as many as the Diff-Pruning code takes of CIFAR-10
-RESULTS_FILE = "results.json"
 KEPT = 36  # pictures that are shown with a stored result: one of each character
 WATCH_PICTURES = metrics.MIN_SAMPLES["fd"]
 
@@ -67,7 +67,7 @@ def reproduce(
         **train_options: override fields of the recipe's training, for trials.
     """
     if name == CLASSIFIER:
-        return (yield from _reproduce_classifier(Path(out, name), bundle))
+        return (yield from glyph_classifier.reproduce(Path(out, name), bundle))
     chosen, run = recipe(name), run_name(name, seed)
     commit = _commit()  # of the code that runs; the files may change during a long training
     if seed:
@@ -102,9 +102,9 @@ def reproduce(
             results = {"name": run, "command": f"python -m sparsedm reproduce {name}" + (f" --seed {seed}" if seed else "")}
             results |= {"seed": seed, "scores": scores, "curve": curve, "protocol": asdict(protocol)}
             results |= {**_facts(chosen, model, folder, settings), "commit": commit}
-            _write_json(folder / RESULTS_FILE, results)
+            write_json(folder / RESULTS_FILE, results)
     if bundle and processes.is_main():
-        _write_json(RESULTS / f"{run}.json", results)
+        write_json(RESULTS / f"{run}.json", results)
         _keep_pictures(folder, protocol, RESULTS / f"{run}.png")
         if chosen.bundle and not seed:
             folders.save(folders.load(folder / "model"), folders.ASSETS / name, torch.float16, card=card(name, results))
@@ -135,7 +135,7 @@ def _note_settings(folder: Path, settings: dict) -> None:
     path, settings = folder / "settings.json", json.loads(json.dumps(settings))
     if path.exists() and json.loads(path.read_text()) != settings:
         raise ValueError(f"{folder} holds a run with other settings ({path}); use another output folder, or remove it")
-    _write_json(path, settings)
+    write_json(path, settings)
 
 
 def _make(chosen: Recipe, out: Path, folder: Path, settings: dict, seed: int) -> Iterator[Progress]:
@@ -308,36 +308,3 @@ def _commit() -> str:
 
 def _log_interval(log: list[dict], i: int) -> int:
     return log[i]["step"] - (log[i - 1]["step"] if i else 0)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _reproduce_classifier(folder: Path, bundle: bool) -> Iterator[Progress]:
-    """Train the glyph classifier and measure its accuracy on the test split: by the main process; returns the result."""
-    if not processes.is_main():
-        return {}
-    torch.manual_seed(0)
-    model, steps = classifier.GlyphClassifier(), 3000
-    for step, loss in enumerate(classifier.fit(model, data.load("glyphs"), steps=steps), 1):
-        if step % 50 == 0:
-            yield Progress("train", step, steps, f"loss {loss:.4f}")
-    folders.save(model, folder / "model", torch.float16)
-    model = folders.load(folder / "model")
-    images, labels = data.stack(data.load("glyphs", split="test", n=10_000))
-    with torch.no_grad():
-        accuracy = (torch.cat([model(x).argmax(1) for x in images.split(1000)]) == labels).float().mean().item()
-    result = {
-        "name": CLASSIFIER, "command": f"python -m sparsedm reproduce {CLASSIFIER}", "accuracy": accuracy, "n": len(images),
-        "parameters": sum(p.numel() for p in model.parameters()), "train": {"steps": steps, "batch_size": 128},
-    }  # fmt: skip
-    _write_json(folder / RESULTS_FILE, result)
-    if bundle:
-        _write_json(RESULTS / f"{CLASSIFIER}.json", result)
-        text = f"# {CLASSIFIER}\n\nReads 16x16 glyphs; {accuracy:.2%} right on {len(images):,} test glyphs.\n\n"
-        text += f"Made by `{result['command']}`. Licence: MIT, as the package.\n"
-        folders.save(model, folders.ASSETS / CLASSIFIER, torch.float16, card=text)
-    yield Progress("done", 1, 1, f"accuracy {accuracy:.4f}")
-    return result

@@ -49,13 +49,10 @@ def against_latency(rows: list[Row]):
 
 def over_training(rows: list[Row]):
     """Quality over training, of the runs that were watched."""
-    lines = {
-        row.recipe.method: [(point["step"], point["fd_glyph"]) for point in row.runs[0]["curve"]]
-        for row in rows
-        if row.runs[0].get("curve")
-    }
-    dense = next((line for name, line in lines.items() if name.startswith("dense")), None)
-    return plots.training(lines, teacher=dense[0][1] if dense else None)  # of as many pictures as the points: before training
+    watched = [row for row in rows if row.runs[0].get("curve")]
+    curves = {row.recipe.role: [(point["step"], point["fd_glyph"]) for point in row.runs[0]["curve"]] for row in watched}
+    teacher = curves["more"][0][1] if "more" in curves else None  # before training, of as many pictures as the points
+    return plots.training({row.recipe.method: curves[row.recipe.role] for row in watched}, teacher=teacher)
 
 
 def pictures(base: str, runs: Path) -> dict[str, torch.Tensor]:

@@ -4,13 +4,17 @@ import functools
 import json
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
 from ..checkpoints import folders
+from ..support import markdown
+from ..support.files import replacing
 from .recipes import RECIPES, Recipe, recipe, run_name
 
 RESULTS = folders.ASSETS / "results"
+RESULTS_FILE = "results.json"  # of a run, in its folder
 SUITES = ("headline", "short")  # on the letter models
 _SEEDS = "±: largest deviation of two or three seeds."
 
@@ -72,6 +76,12 @@ class Row:
         return next((row for row in times() if row["name"] == _timed_as(self.name)), {})
 
 
+def write_json(path: Path, content: dict) -> None:
+    """Write a results file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def pictures(name: str) -> Image.Image | None:
     """One picture of every character that the model of a stored run drew, in two rows; None if none were kept."""
     path = RESULTS / f"{name}.png"
@@ -127,18 +137,17 @@ def _cost(name: str) -> tuple[str, str, float]:
 def headline_table() -> str:
     """The models that were trained long, as a Markdown table."""
     rows = load("headline")
-    head = "| model | FD-glyph ↓ | readability ↑ | SSIM to teacher ↑ | M MACs | nonzero weights | training pictures |"
+    head = ("model", "FD-glyph ↓", "readability ↑", "SSIM to teacher ↑", "M MACs", "nonzero weights", "training pictures")
     caption = f"{_caption(rows[0].runs[0])} {_SEEDS} The bundled models are those of seed 0."
-    return "\n".join([head, "|---" * 7 + "|", *map(_headline_row, rows), "", caption])
+    return f"{markdown.table(head, map(_headline_row, rows))}\n\n{caption}"
 
 
-def _headline_row(row: Row) -> str:
-    cells = (
+def _headline_row(row: Row) -> tuple:
+    return (
         row.recipe.title, row.fd_text, f"{row.mean('readability'):.1%}", _ssim(row), f"{row.macs / 1e6:.1f}",
         f"{row.runs[0]['nonzero_parameters'] / 1e6:.2f} M",
         f"{'+ ' if row.recipe.base and row.images else ''}{row.images // 1000} k" if row.images else "none",
     )  # fmt: skip
-    return f"| {' | '.join(cells)} |"
 
 
 def _ssim(row: Row) -> str:
@@ -160,21 +169,20 @@ def short_table(base: str) -> str:
     rows = load("short", base)
     whole = next(row.macs for row in rows if row.name in teachers())
     rows.sort(key=lambda row: (row.name not in teachers(), -round(row.macs / whole, 1), row.fd))
-    head = "| method | MACs | FD-glyph ↓ | readability ↑ | SSIM to teacher ↑ | times faster |"
+    head = ("method", "MACs", "FD-glyph ↓", "readability ↑", "SSIM to teacher ↑", "times faster")
     caption = _caption(rows[0].runs[0]) + (
         f" Training: {max(row.images for row in rows) // 1000} k pictures each. {_SEEDS}"
         " Times faster: one step of 16 pictures, measured, each model in the fastest of eager, channels-last and compiled"
         " PyTorch, see docs/speed.md."
     )
-    return "\n".join([head, "|---" * 6 + "|", *(_short_row(row, whole) for row in rows), "", caption])
+    return f"{markdown.table(head, (_short_row(row, whole) for row in rows))}\n\n{caption}"
 
 
-def _short_row(row: Row, whole: int) -> str:
-    cells = (
+def _short_row(row: Row, whole: int) -> tuple:
+    return (
         row.recipe.method, f"{row.macs / whole:.0%}", row.fd_text, f"{row.mean('readability'):.1%}", _ssim(row),
         f"{row.speedup:.2f}" if row.speedup else "",
     )  # fmt: skip
-    return f"| {' | '.join(cells)} |"
 
 
 def paper_bases() -> tuple[str, ...]:
@@ -188,20 +196,19 @@ def paper_bases() -> tuple[str, ...]:
 def paper_table(base: str) -> str:
     """One teacher of the papers' size and its students as a Markdown table: most MACs first, then the best."""
     rows = sorted(load("paper", base), key=lambda row: (-row.macs, row.mean("fid") if "fid" in row.runs[0]["scores"] else 0.0))
-    head = "| model | FID ↓ | SSIM to teacher ↑ | G MACs | M nonzero weights | training pictures |"
+    head = ("model", "FID ↓", "SSIM to teacher ↑", "G MACs", "M nonzero weights", "training pictures")
     caption = (
         f"{_drawn(rows[0].runs[0])}. MACs: per picture and step, zeros skipped. FID: where Inception's weights were at hand."
     )
-    return "\n".join([head, "|---" * 6 + "|", *map(_paper_row, rows), "", caption])
+    return f"{markdown.table(head, map(_paper_row, rows))}\n\n{caption}"
 
 
-def _paper_row(row: Row) -> str:
+def _paper_row(row: Row) -> tuple:
     scores, run = row.runs[0]["scores"], row.runs[0]
-    cells = (
+    return (
         row.recipe.title, f"{scores['fid']:.2f}" if "fid" in scores else "", _ssim(row) if "ssim_to_base" in scores else "",
         f"{row.macs / 1e9:.2f}", f"{run['nonzero_parameters'] / 1e6:.1f}", f"{row.images / 1e6:.1f} M" if row.images else "none",
     )  # fmt: skip
-    return f"| {' | '.join(cells)} |"
 
 
 def _drawn(result: dict) -> str:
@@ -226,7 +233,7 @@ def card(name: str, result: dict) -> str:
         f"# {name}", "", f"{chosen.title}. {_how(chosen, result['train'])}. Made by `{result['command']}`.", "",
         f"- Weights: float16, {result['parameters']:,} parameters, {result['nonzero_parameters']:,} of them not zero.",
         f"- MACs per picture and step: {result['macs']['dense']:,} dense, {result['macs']['sparse']:,} with zeros skipped.", "",
-        "| score | value |", "|---|---|", *(f"| {k} | {v:.4g} |" for k, v in scores.items() if k != "n"), "",
+        markdown.table(("score", "value"), [(k, f"{v:.4g}") for k, v in scores.items() if k != "n"]), "",
         _caption(result), "",
         "Licence: MIT, as the package. It draws characters like those of the fonts that matplotlib ships.", "",
     ]  # fmt: skip

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..models import dryrun
 from ..packing.packed import is_packed
+from ..support import markdown
 from .speed import all_threads, pair, randomised, with_threads
 
 KINDS = ("packed layers", "dense layers", "norms", "activations", "rest")
@@ -71,12 +72,15 @@ def _kind(module: nn.Module) -> str:
 HEAD = ("", "dtype", "threads", "ms", *KINDS)
 
 
-def line(row: Mapping) -> str:
-    """One row of `words`."""
-    cells = (row["what"], row["dtype"], row["threads"], f"{row['ms']:.1f}", *(f"{row['shares'][kind]:.1%}" for kind in KINDS))
-    return f"| {' | '.join(map(str, cells))} |"
-
-
 def words(result: Mapping) -> str:
     """The outcome as a Markdown table."""
-    return "\n".join([f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|", *map(line, result["rows"])])
+    return markdown.table(HEAD, map(_cells, result["rows"]))
+
+
+def line(row: Mapping) -> str:
+    """One row alone, as it is measured."""
+    return markdown.line(_cells(row))
+
+
+def _cells(row: Mapping) -> list:
+    return [row["what"], row["dtype"], row["threads"], f"{row['ms']:.1f}", *(f"{row['shares'][kind]:.1%}" for kind in KINDS)]

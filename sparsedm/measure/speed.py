@@ -10,6 +10,7 @@ import copy
 import itertools
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from ..checkpoints import folders
 from ..masking import layers, nm
 from ..models import dryrun, papers
 from ..packing import packed
-from ..support import latency
+from ..support import latency, markdown
 from . import macs
 
 # Those of U-ViT-S/2 (1,028 tokens: four CIFAR-10 pictures) and of UNets with four pictures. Linear layers are (in, out),
@@ -128,7 +129,7 @@ def compare(what: str, models: Mapping[str, nn.Module], batch: int, compiled: bo
         if not any(map(packed.is_packed, model.modules())):
             variants |= _onednn(name, model, lambda model: model(**inputs))
         if compiled:
-            variants[f"{name}, compiled"] = torch.compile(model)
+            variants[str(Variant(name, "compiled"))] = torch.compile(model)
     row = _row(variants, lambda model: model(**inputs), rounds)
     skipped = 1 - macs.count(fast).executed / macs.count(dense).dense
     return {"what": what, **row, "macs_skipped": skipped, "weight_bytes": _bytes(fast) / _bytes(dense)}
@@ -159,7 +160,26 @@ def randomised(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
-ONEDNN = "dense, oneDNN"
+class Variant(NamedTuple):
+    """A model and the way it runs; as text, in results files, "dense" or "dense, compiled".
+
+    Attributes:
+        kind: "dense", "packed" or "pruned".
+        way: "eager", "channels last", "compiled" or "oneDNN".
+    """
+
+    kind: str
+    way: str = "eager"
+
+    def __str__(self) -> str:
+        return self.kind if self.way == "eager" else f"{self.kind}, {self.way}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Variant":
+        return cls(*text.split(", "))
+
+
+ONEDNN = str(Variant("dense", "oneDNN"))
 
 
 def _onednn(name: str, model: nn.Module, call: Callable[[nn.Module], object]) -> dict[str, nn.Module]:
@@ -170,7 +190,7 @@ def _onednn(name: str, model: nn.Module, call: Callable[[nn.Module], object]) ->
     converted = mkldnn.to_mkldnn(copy.deepcopy(model), first.dtype)
     with contextlib.suppress(RuntimeError, AttributeError), torch.no_grad():  # a model that looks at its layers' weights
         call(converted)
-        return {f"{name}, oneDNN": converted}
+        return {str(Variant(name, "oneDNN")): converted}
     return {}
 
 
@@ -178,7 +198,7 @@ def _formats(name: str, model: nn.Module) -> dict[str, nn.Module]:
     """The model, and where it has convolutions to gain from it, the same in channels-last format."""
     if not any(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in model.modules()):
         return {name: model}
-    return {name: model, f"{name}, channels last": copy.deepcopy(model).to(memory_format=torch.channels_last)}
+    return {name: model, str(Variant(name, "channels last")): copy.deepcopy(model).to(memory_format=torch.channels_last)}
 
 
 def _row(variants: Mapping[str, nn.Module], call, rounds: int) -> dict:
@@ -205,7 +225,8 @@ def _row(variants: Mapping[str, nn.Module], call, rounds: int) -> dict:
 
 
 def _fastest(timings: Mapping[str, latency.Timing], kind: str, converted: bool = False) -> str | None:
-    names = [name for name in timings if name.startswith(kind) and (converted or not name.endswith("oneDNN"))]
+    variants = {name: Variant.parse(name) for name in timings}
+    names = [name for name, variant in variants.items() if variant.kind == kind and (converted or variant.way != "oneDNN")]
     return min(names, key=lambda name: timings[name].median, default=None)
 
 
@@ -229,26 +250,31 @@ METHODS_HEAD = ("best of each",)
 PRUNED_HEAD = ("pruned ms", "speed-up")
 
 
+def words(result: Mapping) -> str:
+    """The outcome as a Markdown table."""
+    rows = result["rows"]
+    methods, pruned = (any(row.get(key) for row in rows) for key in ("name", "fastest_pruned"))
+    head = (*HEAD, *(METHODS_HEAD if methods else ()), *(PRUNED_HEAD if pruned else ()))
+    return markdown.table(head, (_cells(row, methods, pruned) for row in rows))
+
+
 def line(row: Mapping) -> str:
-    """One row of `words`."""
+    """One row alone, as it is measured."""
+    return markdown.line(_cells(row, "name" in row, bool(row.get("fastest_pruned"))))
+
+
+def _cells(row: Mapping, methods: bool, pruned: bool) -> list:
     ms, over = row["ms"], row["speedup_over_onednn"]
     cells = [
         row["what"], row["dtype"], row["threads"], _named(ms, row["fastest_dense"]), f"{ms[ONEDNN]:.2f}" if over else "",
         _named(ms, row["fastest_packed"]), f"**{row['speedup']:.2f}x**", f"{over:.2f}x" if over else "",
     ]  # fmt: skip
-    if "name" in row:
+    if methods:
         cells.append(f"{row['speedup_best']:.2f}x")
-    if row.get("fastest_pruned"):
-        cells += [_named(ms, row["fastest_pruned"]), f"{row['speedup_pruned']:.2f}x"]
-    return f"| {' | '.join(map(str, cells))} |"
+    if pruned:
+        cells += [_named(ms, row["fastest_pruned"]), f"{row['speedup_pruned']:.2f}x"] if row.get("fastest_pruned") else ["", ""]
+    return cells
 
 
 def _named(ms: Mapping[str, float], variant: str) -> str:
-    return f"{ms[variant]:.2f} ({variant.partition(', ')[2] or 'eager'})"
-
-
-def words(result: Mapping) -> str:
-    """The outcome as a Markdown table."""
-    has = lambda key: any(row.get(key) for row in result["rows"])  # noqa: E731
-    head = [*HEAD, *(METHODS_HEAD if has("name") else ()), *(PRUNED_HEAD if has("fastest_pruned") else ())]
-    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(line, result["rows"])])
+    return f"{ms[variant]:.2f} ({Variant.parse(variant).way})"

@@ -1,15 +1,10 @@
 """The small glyph classifier: it reads generated characters; its features replace Inception's where there is no network."""
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
-from torch.utils.data import Dataset
-
-from ..data import GLYPHS, StepSampler
 
 FEATURES = 64
 
@@ -18,7 +13,7 @@ class GlyphClassifier(ModelMixin, ConfigMixin):
     """Grey pictures [B, 1, 16, 16] in [-1, 1] to class logits [B, classes]; `features` gives the 64 numbers before them."""
 
     @register_to_config
-    def __init__(self, width: int = 32, classes: int = len(GLYPHS)):
+    def __init__(self, width: int = 32, classes: int = 36):
         super().__init__()
 
         def conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -39,22 +34,3 @@ class GlyphClassifier(ModelMixin, ConfigMixin):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(F.relu(self.features(images)))
-
-
-def fit(
-    model: GlyphClassifier, dataset: Dataset, *, steps: int, batch_size: int = 128, lr: float = 3e-3, seed: int = 0
-) -> Iterator[float]:
-    """Train `model` on labelled glyphs, yielding the loss of every step; the model is in eval mode at the end."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr)
-    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
-    model.train()
-    for indices in StepSampler(len(dataset), batch_size, seed, 0, steps):
-        items = [dataset[i] for i in indices]
-        images, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        decay.step()
-        yield loss.item()
-    model.eval()

@@ -11,12 +11,13 @@ import torch
 from diffusers import ModelMixin
 from huggingface_hub import HfApi, snapshot_download
 
+from ..checkpoints import folders
 from ..masking import layers
-from ..measure import macs
 from ..models.denoisers import example_inputs
 from ..packing.packed import pack
+from ..support import markdown
 from ..support.latency import interleaved
-from . import folders
+from . import macs
 
 _FILES = [folders.CONFIG, folders.WEIGHTS, folders.INDEX, folders.SHARDS, folders.PACKED, "README.md"]
 
@@ -90,7 +91,7 @@ def card(
     nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
     patterns = ", ".join(f"{count} layers {pattern}" for pattern, count in found.most_common()) or "dense"
     pruned = ", channels pruned" if getattr(model.config, "pruning", None) else ""
-    table = ["| score | value |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in (scores or {}).items()), ""]
+    table = [markdown.table(("score", "value"), [(name, _cell(value)) for name, value in (scores or {}).items()]), ""]
     lines = [
         "---", "library_name: diffusers", "tags: [sparsedm, diffusion, sparse]", "---", "", f"# {repo.split('/')[-1]}", "",
         *([note, ""] if note else []),
