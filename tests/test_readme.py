@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -16,19 +17,21 @@ from sparsedm.masking import layers
 from sparsedm.measure import shares, speed, training_cost
 
 ROOT = Path(__file__).parent.parent
-README, SPEED, COMPARISON = ((ROOT / name).read_text() for name in ("README.md", "docs/speed.md", "docs/comparison.md"))
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+README, SPEED, COMPARISON = (PAGES[name] for name in ("README.md", "speed.md", "comparison.md"))
 
 
 def section(name: str, page: str = README) -> str:
     return page.split(f"<!-- {name}: ", 1)[1].split("-->\n", 1)[1].split(f"<!-- /{name} -->", 1)[0].strip()
 
 
-def test_results_table_is_the_stored_one():
-    assert section("results") == results.headline_table()
+def test_results_tables_are_the_stored_ones():
+    assert section("summary") == results.summary_table()
+    assert section("results", COMPARISON) == results.headline_table()
 
 
 def test_verdicts_are_those_of_the_stored_results():
-    assert section("claims") == claims.table()
+    assert section("claims", COMPARISON) == claims.table()
 
 
 @pytest.mark.parametrize("base", results.bases())
@@ -38,7 +41,7 @@ def test_short_runs_are_the_stored_ones(base):
 
 @pytest.mark.parametrize(
     ("name", "page"),
-    [("step", README), ("paper", README), ("layers", SPEED), ("methods", SPEED)],
+    [("step", SPEED), ("paper", SPEED), ("layers", SPEED), ("methods", SPEED)],
     ids=["step", "paper", "layers", "methods"],
 )
 def test_times_are_the_stored_ones(name, page):
@@ -52,7 +55,7 @@ def test_shares_are_the_stored_ones():
 
 def test_training_cost_is_the_stored_one():
     stored = json.loads((results.RESULTS / "bench-train-step.json").read_text())
-    assert section("bench") == training_cost.train_step_words(stored)
+    assert section("bench", SPEED) == training_cost.train_step_words(stored)
 
 
 def test_the_lines_for_an_own_model_and_own_pictures_run(tmp_path, monkeypatch):
@@ -62,7 +65,7 @@ def test_the_lines_for_an_own_model_and_own_pictures_run(tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     for i in range(64):
         Image.new("RGB", (40, 36), (i, 2 * i, 255 - i)).save(tmp_path / "pictures" / f"{i}.png")
-    lines = README.split("## Your own model, your own pictures", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+    lines = PAGES["models.md"].split("## Your own model, your own pictures", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
     exec(lines.replace("steps=20_000", "steps=2"), {})  # noqa: S102
     assert set(map(str, layers.patterns(sparsedm.load("student")).values())) == {"2:4"}
 
@@ -98,3 +101,22 @@ def test_a_thumbnail_is_the_tagged_figure_or_the_first_on_white_paper():
     assert small.getpixel((width // 2, height // 2)) == (255, 0, 0) and small.getpixel((0, 0)) == (255, 255, 255)
     with pytest.raises(ValueError, match="no figure"):
         THUMBNAILS["figure"]("<html></html>")
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_links_lead_somewhere(name):
+    folder = ROOT if name == "README.md" else ROOT / "docs"
+    links = re.findall(r"\]\(([^)\s]+)\)", PAGES[name])
+    for target, _, anchor in (link.partition("#") for link in links if not link.startswith("http")):
+        assert (folder / target).exists(), target
+        assert not anchor or anchor in anchors((folder / target).read_text()), f"{target}#{anchor}"
+
+
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 110

@@ -54,7 +54,7 @@ def reproduce(
 
 
 def compare(
-    what: Annotated[str, typer.Option(help="headline, claims, a teacher's name (its students), or all.")] = "all",
+    what: Annotated[str, typer.Option(help="summary, headline, claims, a teacher's name (its students), or all.")] = "all",
     figures: Annotated[Path | None, typer.Option(help="Also draw the figures into this folder.")] = None,
     runs: Annotated[
         Path, typer.Option(help="Folder that reproduce wrote, for the figure of pictures from the same noise.")
@@ -64,7 +64,7 @@ def compare(
     """Print the stored results as tables and draw them. Example: python -m sparsedm compare --figures figures"""
     from sparsedm.experiments import claims, results
 
-    tables = {"headline": results.headline_table, "claims": claims.table}
+    tables = {"summary": results.summary_table, "headline": results.headline_table, "claims": claims.table}
     tables |= {base: functools.partial(results.short_table, base) for base in results.bases()}
     tables |= {base: functools.partial(results.paper_table, base) for base in results.paper_bases()}
     if what not in ("all", *tables):
@@ -88,7 +88,7 @@ def _runs(table: str) -> list[dict]:
     from sparsedm.experiments import results
 
     suite = "short" if table in results.bases() else "paper"
-    rows = results.load("headline") if table == "headline" else results.load(suite, table)
+    rows = results.load("headline") if table in ("summary", "headline") else results.load(suite, table)
     return [run for row in rows for run in row.runs]
 
 
