@@ -41,8 +41,8 @@ def test_info_shows_layers_patterns_and_macs():
         (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: step, layers, methods, shares"),
         (("bench", "--device", "abacus"), "error: device 'abacus' is not there: "),
         (
-            ("bench", "--what", "masks", "--device", "meta"),
-            "error: masks is measured on the CPU, not on meta; leave out --device",
+            ("bench", "--what", "train-step", "--device", "meta"),
+            "error: train-step is measured on the CPU, not on meta; leave out --device",
         ),
     ],
 )
@@ -111,11 +111,6 @@ def test_train_step_benchmark_reports_a_ratio():
     result = json.loads(json.dumps(training_cost.train_step(models=("glyphs-unet",), rounds=2)))
     measured = result["glyphs-unet"]
     assert measured["sparse_over_dense"] > 0.5 and measured["dense_ms"] > 0
-
-
-def test_mask_benchmark_covers_every_way():
-    table = training_cost.masks(shapes=((64, 64),), rounds=2)
-    assert set(table["64x64 2:4"]) == {"pairs", "selection", "sorting"}
 
 
 @pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")

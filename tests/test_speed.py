@@ -1,12 +1,9 @@
 """Speed measurements: the rows say what was measured."""
 
-import json
-
 import pytest
 import torch
 
 import sparsedm
-from sparsedm.experiments import blocks
 from sparsedm.measure import speed
 from sparsedm.packing import kernels
 
@@ -37,23 +34,3 @@ def test_another_device_computes_and_onednn_is_left_out():
     row = speed.compare("step", models, batch=1, compiled=False, rounds=1)
     assert {"dense", "packed"} < set(row["ms"]) and speed.ONEDNN not in row["ms"] and row["speedup_over_onednn"] is None
     assert speed.all_threads("meta") == (torch.get_num_threads(),)
-
-
-def test_the_grid_has_a_row_for_each_patch_size_and_mlp_ratio():
-    rows = list(blocks.measure(32, patch_sizes=(4, 8), mlp_ratios=(1, 2), rounds=1))
-    cells = [(row["mlp_ratio"], row["patch_size"], row["tokens"]) for row in rows]
-    assert cells == [(1, 4, 65), (1, 8, 17), (2, 4, 65), (2, 8, 17)]
-    assert all(row["speedup"] > 0 and row["threads"] == 1 for row in json.loads(json.dumps(rows)))
-
-
-@needs_kernels
-def test_every_masked_layer_of_the_grid_is_packed():
-    (row,) = blocks.measure(32, patch_sizes=(4,), mlp_ratios=(2,), rounds=1)
-    linear, attention, ends = 8 * 32**2 * 65, 2 * 65**2 * 32, 48 * 32 * 64 + 32 * 48 * 65 + 9 * 9 * 1024
-    assert row["macs_skipped"] == pytest.approx(linear / 2 / (linear + attention + ends))
-
-
-def test_the_papers_times_make_its_grid():
-    gains = {cell: dense / sparse for cell, (dense, sparse) in blocks.PAPER_SECONDS.items()}
-    assert set(gains) == {(ratio, patch) for ratio in blocks.MLP_RATIOS for patch in blocks.PATCH_SIZES}
-    assert round(gains[4, 1], 2) == max(round(gain, 2) for gain in gains.values()) == 1.23

@@ -108,7 +108,7 @@ def bench(
         str,
         typer.Option(
             help="step (a sampling step, dense against packed), layers (single ones), methods (models made by recipes, against"
-            " their teacher), shares (where a packed step's time goes), train-step, or masks."
+            " their teacher), shares (where a packed step's time goes), or train-step."
         ),
     ] = "step",
     models: Annotated[
@@ -117,7 +117,7 @@ def bench(
     batches: Annotated[str, typer.Option(help="For step: pictures at a time.")] = "1,4,16",
     dtypes: Annotated[
         str,
-        typer.Option(help="For all but train-step and masks: float32, bfloat16, float16; float32 by default, bfloat16 on GPUs."),
+        typer.Option(help="For all but train-step: float32, bfloat16, float16; float32 by default, bfloat16 on GPUs."),
     ] = "",
     threads: Annotated[str, typer.Option(help="Numbers of threads; one and all by default (all for methods and shares).")] = "",
     device: Annotated[
@@ -143,15 +143,15 @@ def bench(
     elif what == "methods":
         made = [name for name in results.timed_recipes() if (runs / name / "model").is_dir()]
         rows = timing.measure_methods(runs, made, dtypes=kinds, threads=counts, device=place)
-    elif what in ("shares", "train-step", "masks") and place.type != "cpu":
+    elif what in ("shares", "train-step") and place.type != "cpu":
         raise ValueError(f"{what} is measured on the CPU, not on {place}; leave out --device")
     elif what == "shares":
         rows = shares.measure(names, dtypes=kinds, threads=counts)
-    elif what in ("train-step", "masks"):
+    elif what == "train-step":
         rows = None
-        result = training.train_step() if what == "train-step" else training.masks()
+        result = training.train_step()
     else:
-        raise ValueError(f"unknown benchmark {what!r}; known: step, layers, methods, shares, train-step, masks")
+        raise ValueError(f"unknown benchmark {what!r}; known: step, layers, methods, shares, train-step")
     if rows is not None:
         result = {**speed.machine(place), "rows": []}
         for row in rows:

@@ -6,13 +6,12 @@ Both are runs along axis 1.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 MAX_M = 64
-_PAIRWISE_MAX_M = 32  # up to here comparing pairs is faster than selecting (python -m sparsedm bench --what masks)
+_PAIRWISE_MAX_M = 32  # up to here comparing pairs is faster than selecting
 
 
 @dataclass(frozen=True)
@@ -111,12 +110,6 @@ def _keep_by_selection(magnitude: torch.Tensor, n: int) -> torch.Tensor:
 def _keep_by_sorting(magnitude: torch.Tensor, n: int) -> torch.Tensor:
     order = magnitude.argsort(dim=0, descending=True, stable=True)
     return torch.zeros_like(magnitude, dtype=torch.bool).scatter_(0, order[:n], True)
-
-
-def ways(weight: torch.Tensor, pattern: NMPattern) -> dict[str, Callable[[], torch.Tensor]]:
-    """The ways to find a mask, for benchmarks and tests: each a function of nothing, all with the same result."""
-    found = {"pairs": _keep_by_pairs, "selection": _keep_by_selection, "sorting": _keep_by_sorting}
-    return {name: lambda way=way: way(_magnitude(grouped(weight, pattern.m)), pattern.n) for name, way in found.items()}
 
 
 def verify(weight: torch.Tensor, pattern: NMPattern | str) -> int:

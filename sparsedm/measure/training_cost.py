@@ -3,12 +3,11 @@
 import copy
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from .. import data
 from ..checkpoints import folders
-from ..masking import layers, nm
+from ..masking import layers
 from ..support import latency
 from ..training import distill
 from .speed import machine
@@ -48,15 +47,3 @@ def train_step_words(result: dict) -> str:
 
 def _steps(model: nn.Module, dataset) -> Iterator[distill.TrainState]:
     return distill.train(model, dataset, steps=10_000, batch_size=BATCH, lr=1e-5)
-
-
-def masks(shapes: tuple[tuple[int, ...], ...] = ((2048, 512), (512, 2048), (256, 256, 3, 3)), rounds: int = 7) -> dict:
-    """Nanoseconds per weight of the mask, by pattern: comparing pairs, selecting the n-th key, and a stable argsort."""
-    table = {}
-    for shape in shapes:
-        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        for pattern in map(nm.NMPattern.parse, ("2:4", "4:8", "15:16", "31:32")):
-            timings = latency.interleaved(nm.ways(weight, pattern), rounds=rounds)
-            row = {name: round(timing.median * 1e9 / weight.numel(), 2) for name, timing in timings.items()}
-            table[f"{'x'.join(map(str, shape))} {pattern}"] = row
-    return {"unit": "ns per weight", **machine(), **table}
