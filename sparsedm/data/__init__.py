@@ -1,0 +1,61 @@
+"""Data sets, all under one short name each: `load("glyphs")`, `load("digits")`, `load("folder:PATH")`, `load("cifar10")` ...
+
+Every set yields `(image, label)`: a float tensor [C, H, W] in [-1, 1] and an int. Item i depends on nothing but the set's
+arguments and i, so runs repeat with any number of workers. Random flips, the papers' only augmentation, belong to the
+training step (`sparsedm.train(flip=True)`).
+"""
+
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from . import torchvision_sets
+from .base import StepSampler, stack, to_float, to_uint8
+from .digits import Digits
+from .glyphs import GLYPHS, Glyphs, word_labels
+from .latents import Latents
+from .pictures import IMAGE_SUFFIXES, ImageFolder
+
+__all__ = [
+    "GLYPHS", "IMAGE_SUFFIXES", "NAMES", "Digits", "Glyphs", "ImageFolder", "Latents", "StepSampler", "load", "stack",
+    "to_float", "to_uint8", "word_labels",
+]  # fmt: skip
+
+NAMES = ("glyphs", "glyphs-rgb", "digits", *torchvision_sets.NAMES, "folder:PATH", "latents:PATH")
+
+
+def load(
+    name: str | Dataset,
+    *,
+    split: str = "train",
+    size: int | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    root: str | Path = "data",
+    download: bool = False,
+) -> Dataset:
+    """The data set called `name` (one of `NAMES`); a Dataset is returned as it is.
+
+    Args:
+        split: "train" or "test" (ignored by folder:PATH and latents:PATH, which are one set).
+        size: height and width in pixels; each set has its own default.
+        n, seed: number and seed of the glyphs; other sets ignore them.
+        root, download: where torchvision's sets lie, and whether they may be fetched. Nothing is downloaded unless asked.
+
+    Raises:
+        ValueError: the name is unknown (the message lists the known ones).
+        FileNotFoundError: the files are not there.
+    """
+    if not isinstance(name, str):
+        return name
+    if name in ("glyphs", "glyphs-rgb"):
+        return Glyphs(40_000 if n is None else n, size or 16, seed, split, rgb=name == "glyphs-rgb")
+    if name == "digits":
+        return Digits(split)
+    if name.startswith("folder:"):
+        return ImageFolder(name.removeprefix("folder:"), size or 32)
+    if name.startswith("latents:"):
+        return Latents(name.removeprefix("latents:"))
+    if name in torchvision_sets.NAMES:
+        return torchvision_sets.load(name, Path(root), split, size, download)
+    raise ValueError(f"unknown data set {name!r}; known: {', '.join(NAMES)}")
