@@ -1,6 +1,7 @@
 """The floors of the house (docs/design.md): a room imports only from rooms below its own, and no files import in a circle."""
 
 import ast
+import subprocess
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -63,3 +64,9 @@ def test_imports_point_down():
 def test_files_import_in_no_circle():
     inside = {module: {target for target in targets if not module.startswith(target + ".")} for module, targets in ARROWS.items()}
     assert len(list(TopologicalSorter(inside).static_order())) >= len(ARROWS)  # raises CycleError, which names the circle
+
+
+def test_nothing_of_the_package_is_ignored_by_git():
+    """A rule such as "data/" would leave a room out of every clone."""
+    command = ["git", "-C", str(PACKAGE), "ls-files", "--others", "--ignored", "--exclude-standard", "--", "*.py", "*.cpp", "*.css"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == ""
