@@ -68,5 +68,5 @@ def test_files_import_in_no_circle():
 
 def test_nothing_of_the_package_is_ignored_by_git():
     """A rule such as "data/" would leave a room out of every clone."""
-    command = ["git", "-C", str(PACKAGE), "ls-files", "--others", "--ignored", "--exclude-standard", "--", "*.py", "*.cpp", "*.css"]
-    assert subprocess.run(command, capture_output=True, text=True).stdout == ""
+    command = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "--", "*.py", "*.cpp", "*.css"]
+    assert subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True).stdout == ""
