@@ -17,6 +17,7 @@ from sparsedm.checkpoints import folders
 from sparsedm.masking import layers, nm
 from sparsedm.measure import macs
 from sparsedm.models import dryrun
+from sparsedm.models.uvit import Attention
 from sparsedm.pruning import diffpruning, structure
 
 MODELS = ("glyphs-uvit", "glyphs-unet")
@@ -269,7 +270,7 @@ def test_zero_channels_can_go_without_changing_the_output():
         scores = diffpruning.scores(model, group, "magnitude")
         kept.append((group, structure.keep(group, scores, 0.25 if group.channels == 4 else 0.5)))
     pruned = structure.apply(copy.deepcopy(model), structure.record(model, kept))
-    assert [m.num_heads for m in pruned.modules() if isinstance(m, structure.Attention)] == [3] * 7
+    assert [m.num_heads for m in pruned.modules() if isinstance(m, Attention)] == [3] * 7
     torch.testing.assert_close(call(pruned), call(model), rtol=1e-4, atol=1e-5)
 
 

@@ -12,8 +12,8 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .. import models
 from ..masking import layers, nm
-from ..models import classifier, uvit
 from ..packing import tensors
 from ..packing.packed import is_packed, unpack
 from ..pruning import structure
@@ -25,9 +25,6 @@ WEIGHTS, PACKED, CONFIG = "diffusion_pytorch_model.safetensors", "packed.safeten
 INDEX, SHARDS = f"{WEIGHTS}.index.json", "diffusion_pytorch_model-*.safetensors"  # of weights that diffusers has split
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of saved weights
-
-
-_CLASSES = {"UViTModel": uvit.UViTModel, "GlyphClassifier": classifier.GlyphClassifier}
 
 
 def bundled() -> tuple[str, ...]:
@@ -169,7 +166,7 @@ def read_json(path: Path) -> dict:
 
 def _class_of(config: Mapping, folder: Path) -> type[ModelMixin]:
     name = str(config.get("_class_name", ""))
-    cls = _CLASSES.get(name) or getattr(diffusers, name, None)
+    cls = getattr(models, name, None) or getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
         raise ValueError(f"{folder / CONFIG} names the class {name!r}, which is neither this package's nor a diffusers model")
     return cls

@@ -13,6 +13,7 @@ from ..models import denoisers
 from ..models.denoisers import Inputs, each, null_label
 from .schedules import make_scheduler, predict_x0
 
+PIPELINE = "sample it with its diffusers pipeline"
 STEP_SEEDS = 1 << 31  # far from the seeds of the noise that sampling starts from; torch takes seeds modulo 2**32
 
 
@@ -32,9 +33,13 @@ class SampleState:
 
 
 def start_noise(model: nn.Module, n: int, seed: int = 0, first: int = 0) -> torch.Tensor:
-    """Noise [n, C, H, W] for the pictures `first`, `first` + 1, ...; each depends on (seed, its number) alone."""
-    size, channels = model.config.sample_size, model.config.in_channels
-    shape = (channels, *((size, size) if isinstance(size, int) else size))
+    """Noise [n, C, H, W] for the pictures `first`, `first` + 1, ...; each depends on (seed, its number) alone.
+
+    Raises:
+        ValueError: a model that this package cannot call, or a config that does not tell the shape.
+    """
+    denoisers.refuse_unknown(model, PIPELINE)
+    shape = denoisers.of(model).shape(model)
     generator = torch.Generator()
     rows = [torch.randn(shape, generator=generator.manual_seed(seed * 1_000_003 + i)) for i in range(first, first + n)]
     return torch.stack(rows)
@@ -68,11 +73,12 @@ def sample(
         generator: for samplers that add noise (ddpm): one, or one per picture (`step_generators`).
 
     Raises:
-        ValueError: guidance for a model without classes, a class that it does not have, steps out of range, no `conditioning`
-            for a model that takes text, or a model that predicts a flow.
+        ValueError: a model that this package cannot call (`denoisers.FAMILIES`), one that predicts a flow or takes text and gets
+            no `conditioning`, guidance for a model without classes, a class that it does not have, or steps out of range.
     """
+    denoisers.refuse_unknown(model, PIPELINE)
     if denoisers.of(model).flow:
-        raise ValueError(f"{type(model).__name__} predicts a flow; sample it with its diffusers pipeline")
+        raise ValueError(f"{type(model).__name__} predicts a flow; {PIPELINE}")
     denoisers.require(model, ("class_labels", *(conditioning or {})), "pass it in conditioning={...}")
     scheduler = make_scheduler(sampler, model) if isinstance(sampler, str) else sampler
     train_steps = scheduler.config.num_train_timesteps

@@ -10,12 +10,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from scipy import stats
 
 from ..masking import layers
+from ..masking.dense import default_rule
 from ..measure import macs
 from ..models.uvit import UViTModel
 from ..support import markdown
@@ -167,9 +167,10 @@ def _half(key: str) -> Callable[[Evidence], Verdict]:
 def _skips_dense(teacher: Recipe, pattern: str) -> int:
     """MACs of a U-ViT whose skip_linear layers are left out, as in the paper's quality experiments."""
     cls, config = teacher.model
-    exclude = (*layers.default_exclude(cls), "*.skip_linear")
-    present = [glob for glob in exclude if any(fnmatchcase(name, glob) for name, _ in layers.weight_layers(cls(**config)))]
-    return macs.count(layers.sparsify(cls(**config), pattern, exclude=present)).sparse
+    model = cls(**config)
+    excluded = default_rule(model)
+    dense = [name for name, _ in layers.weight_layers(model) if excluded(name) or name.endswith(".skip_linear")]
+    return macs.count(layers.sparsify(model, pattern, exclude=dense)).sparse
 
 
 def _kept(key: str) -> Callable[[Evidence], Verdict]:

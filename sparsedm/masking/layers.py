@@ -15,34 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import nm
+from .dense import Rule, by_globs, default_rule
 from .nm import NMPattern
 
 SR_STE_DECAY = 2e-4
 DECAY_MODES = ("gradient", "decoupled")
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers that are listed and counted
-
-# As SparseDM's U-ViT: the linear layers of the blocks are sparse. Patches and pixels have too few channels to spare; embeddings
-# of time and text, and the modulations (adaLN) made of them, steer every token and run once a picture, so they cost no time.
-_TRANSFORMER = (
-    "pos_embed.*", "x_embedder", "context_embedder", "caption_projection.*", "time_text_embed.*", "adaln_single.*",
-    "*.norm1.*", "*.norm1_context.*", "*.norm.linear", "norm_out.*", "proj_out*",
-)  # fmt: skip
-_UNET = ("conv_in", "conv_out")
-
-# Layers left dense by default, by class name of the model (`default_exclude`). Layers that cannot be grouped stay dense anyway.
-_DEFAULT_EXCLUDE = {
-    "UViTModel": ("patch_embed.*", "context_embed", "decoder_pred", "final_layer"),  # SparseDM 4: block linears and skip_linear
-    **dict.fromkeys(("UNet2DModel", "UNet2DConditionModel", "UNet3DConditionModel"), _UNET),
-    **dict.fromkeys(
-        ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"), _TRANSFORMER
-    ),
-}
-
-
-def default_exclude(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Globs of the layers that `sparsify` leaves dense by default, by the class or its nearest parent that is known."""
-    return next((_DEFAULT_EXCLUDE[each.__name__] for each in cls.__mro__ if each.__name__ in _DEFAULT_EXCLUDE), ())
 
 
 class _SRSTE(torch.autograd.Function):
@@ -153,7 +132,8 @@ def sparsify(
 
     Args:
         pattern: N:M for every layer.
-        include, exclude: globs on layer names ("mid_block.*"). `exclude` defaults to the papers' rule for the model's class.
+        include, exclude: globs on layer names ("mid_block.*"). `exclude` defaults to the papers' rule for the model's class, or
+            a general one (`masking.dense`).
         overrides: glob to pattern, for layers that get another one; the first glob that matches counts.
         decay: lambda of SR-STE, 2e-4 in the paper; 0 is the plain straight-through estimator.
         decay_mode: "gradient" adds the SR term to the gradient (the paper, so Adam normalises it); "decoupled" leaves it
@@ -174,14 +154,13 @@ def sparsify(
         raise ValueError(f"decay_mode {decay_mode!r} is none of {', '.join(DECAY_MODES)}")
     if decay < 0:
         raise ValueError(f"decay must not be negative, it is {decay}")
-    default = exclude is None
-    exclude = default_exclude(type(model)) if default else exclude
+    excluded = default_rule(model) if exclude is None else by_globs(exclude)
     layers = dict(weight_layers(model))
-    _check_globs([*include, *overrides, *(() if default else exclude)], layers)
+    _check_globs([*include, *overrides, *(exclude or ())], layers)
     converted = 0
     for name, module in layers.items():
         chosen = next((p for glob, p in overrides.items() if fnmatchcase(name, glob)), pattern)
-        reason = why_dense(name, module, chosen, include, exclude)
+        reason = why_dense(name, module, chosen, include, excluded)
         if reason:
             if isinstance(module, _NMLayer):
                 _to_plain(module)
@@ -208,13 +187,12 @@ def _check_globs(globs: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
             raise ValueError(f"{glob!r} matches no layer; the layers are {', '.join(list(layers)[:8])} ...")
 
 
-def why_dense(name: str, module: nn.Module, pattern: NMPattern, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+def why_dense(name: str, module: nn.Module, pattern: NMPattern, include: Sequence[str], excluded: Rule) -> str | None:
     """Why a layer cannot or must not be sparse, or None if it will be."""
     if not any(fnmatchcase(name, glob) for glob in include):
         return "not included"
-    for glob in exclude:
-        if fnmatchcase(name, glob):
-            return f"excluded by rule {glob}"
+    if reason := excluded(name):
+        return reason
     if type(module) not in _SPARSE_CLASS and not isinstance(module, _NMLayer):
         return f"class {type(module).__name__} is not plain Linear or Conv2d"
     if getattr(module, "groups", 1) != 1:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ..masking import nm
-from ..masking.layers import WEIGHTED, NMConv2d, NMLinear, default_exclude, patterns, why_dense
+from ..masking.dense import Rule, default_rule
+from ..masking.layers import WEIGHTED, NMConv2d, NMLinear, patterns, why_dense
 from ..packing.packed import is_packed
 from . import macs as macs_module
 
@@ -82,7 +83,8 @@ def report(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> R
     shown = [(n, m) for n, m in model.named_modules() if isinstance(m, WEIGHTED) or is_packed(m)]
     found = patterns(model) | {name: module.pattern for name, module in shown if is_packed(module)}
     pattern = next(iter(found.values()), None)  # what the dense layers could have had
-    rows = tuple(_row(name, module, found.get(name), counts, _note(model, name, module, pattern)) for name, module in shown)
+    excluded = default_rule(model)
+    rows = tuple(_row(name, module, found.get(name), counts, _note(excluded, name, module, pattern)) for name, module in shown)
     return Report(rows, counts and counts.dense, counts and counts.sparse, counts and counts.executed)
 
 
@@ -99,9 +101,9 @@ def _row(name: str, module: nn.Module, pattern: nm.NMPattern | None, counts: mac
     return LayerRow(name, shape, str(pattern or ""), state, share, "" if state == "sparse-training" else note)
 
 
-def _note(model: nn.Module, name: str, module: nn.Module, pattern: nm.NMPattern | None) -> str:
+def _note(excluded: Rule, name: str, module: nn.Module, pattern: nm.NMPattern | None) -> str:
     """Why a layer is dense or not packed: as noted when it was left so, or by the rules, for a model read from a file."""
     noted = str(module.times or "") if is_packed(module) else getattr(module, "dense_reason", "")
     if noted or pattern is None or is_packed(module):
         return noted
-    return why_dense(name, module, pattern, ("*",), default_exclude(type(model))) or ""
+    return why_dense(name, module, pattern, ("*",), excluded) or ""

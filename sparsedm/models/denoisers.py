@@ -1,13 +1,17 @@
-"""How each class of diffusers denoiser is called: its noisy picture, what conditions it, what it predicts.
+"""The families of denoisers: how each is called, which of its layers stay dense by default, how its channels hang together.
 
-Classes that are not in the table are called like UNet2DModel.
+`FAMILIES` has one entry a class, which holds for its subclasses, too; docs/models.md says how to add one.
 """
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..masking import dense
 
 Inputs = dict[str, Any]  # keyword arguments of a call: tensors, and dicts of tensors (added_cond_kwargs)
 Zeros = Callable[..., torch.Tensor]  # zeros(*shape): [B, *shape] in the dtype and on the device of the model
@@ -17,11 +21,34 @@ CLIP_TOKENS, PIXART_TOKENS, SD3_TOKENS, FLUX_TOKENS = 77, 120, 333, 512
 FLUX_SIDE = 128  # of the latents in FluxPipeline (pictures of 1024x1024), which its config does not tell
 
 
-class Denoiser:
-    """UNets and U-ViT, unconditional, with class labels or (U-ViT) with text: `model(sample, timestep, **conditioning)`."""
+@dataclass(frozen=True)
+class Pair:
+    """Two layers of a block whose channels Diff-Pruning removes together: what `writer` puts out, `reader` takes in.
 
-    picture = "sample"  # the argument that takes the noisy picture
-    flow = False  # whether it predicts noise - picture (rectified flow)
+    Attributes:
+        writer, reader: their names in the block.
+        heads: name of the module whose `num_heads` says in how many equal parts the channels stay or go; None for one by one.
+    """
+
+    writer: str
+    reader: str
+    heads: str | None = None
+
+
+class Denoiser:
+    """A family of denoisers. This one is called as `model(sample, timestep)`, with `class_labels` if it has classes.
+
+    Attributes:
+        picture: the argument that takes the noisy picture.
+        flow: whether it predicts noise - picture (rectified flow).
+        dense: globs of the layers that stay dense by default; None for the general rule (`masking.dense`).
+        pairs: of all its blocks, for Diff-Pruning; None: torch-pruning traces the channels, back from `conv_out`.
+    """
+
+    picture: str = "sample"
+    flow: bool = False
+    dense: tuple[str, ...] | None = None
+    pairs: tuple[Pair, ...] | None = None
 
     def shape(self, model: nn.Module) -> tuple[int, ...]:
         """The shape of one picture. Raises ValueError if the config does not tell it."""
@@ -35,10 +62,7 @@ class Denoiser:
 
     def conditioning(self, model: nn.Module, zeros: Zeros) -> Inputs:
         """The further arguments that the data must bring. Raises ValueError if the config does not tell them."""
-        found = {} if self.null_label(model) is None else {"class_labels": zeros().long()}
-        if getattr(model.config, "context_dim", None):
-            found["encoder_hidden_states"] = zeros(model.config.context_tokens, model.config.context_dim)
-        return found
+        return {} if self.null_label(model) is None else {"class_labels": zeros().long()}
 
     def inputs(self, model: nn.Module, zeros: Zeros) -> Inputs:
         """All arguments of a call."""
@@ -52,7 +76,23 @@ class Denoiser:
         return _tensor(model(x, t, **conditioning))
 
 
-class _TextUNet(Denoiser):
+class _UViT(Denoiser):
+    """With class labels or with text."""
+
+    dense = ("patch_embed.*", "context_embed", "decoder_pred", "final_layer")  # SparseDM 4: block linears and skip_linear
+    pairs = (Pair("attn.qkv", "attn.proj", heads="attn"), Pair("mlp.fc1", "mlp.fc2"))
+
+    def conditioning(self, model: nn.Module, zeros: Zeros) -> Inputs:
+        tokens, dim = model.config.context_tokens, model.config.context_dim
+        text = {"encoder_hidden_states": zeros(tokens, dim)} if dim else {}
+        return super().conditioning(model, zeros) | text
+
+
+class _UNet(Denoiser):
+    dense = ("conv_in", "conv_out")
+
+
+class _TextUNet(_UNet):
     """UNet2DConditionModel as in Stable Diffusion 1 and 2 (text) and SDXL (text, its pooled form, sizes)."""
 
     def conditioning(self, model: nn.Module, zeros: Zeros) -> Inputs:
@@ -146,8 +186,10 @@ class _Flux(_SD3):
         return {"img_ids": grid, "txt_ids": x.new_zeros(text.shape[1], 3)}
 
 
-_KINDS = {
+FAMILIES = {
+    "UViTModel": _UViT(),
     "UNet1DModel": _AudioUNet(),
+    "UNet2DModel": _UNet(),
     "UNet2DConditionModel": _TextUNet(),
     "UNet3DConditionModel": _VideoUNet(),
     "DiTTransformer2DModel": _DiT(),
@@ -155,20 +197,53 @@ _KINDS = {
     "SD3Transformer2DModel": _SD3(),
     "FluxTransformer2DModel": _Flux(),
 }
+for _name, _family in FAMILIES.items():
+    if _family.dense is not None:
+        dense.register(_name, _family.dense)
 
 
 def of(model: nn.Module) -> Denoiser:
-    """How `model` is called, by its class or the nearest parent class that is known; compiled or not."""
-    classes = type(getattr(model, "_orig_mod", model)).__mro__
-    return next((_KINDS[cls.__name__] for cls in classes if cls.__name__ in _KINDS), Denoiser())
+    """The family of `model`, by its class or the nearest parent class that has one; compiled or not. Else `Denoiser`."""
+    classes = type(_plain(model)).__mro__
+    return next((FAMILIES[cls.__name__] for cls in classes if cls.__name__ in FAMILIES), Denoiser())
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)  # of torch.compile
+
+
+def refuse_unknown(model: nn.Module, remedy: str) -> None:
+    """Raise ValueError, with `remedy`, for a class of diffusers without a family, or one of your own that takes no (x, t).
+
+    What diffusers' classes take and predict follows no rule; those of your own are called as their family or `Denoiser` is.
+    """
+    model = _plain(model)
+    theirs = [cls for cls in type(model).__mro__ if _of_diffusers(cls)]
+    unknown = _of_diffusers(type(model).forward) and theirs[0].__name__ not in FAMILIES
+    if unknown or not _takes_two(model.forward):
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{type(model).__name__} is none of the classes that this package can call ({known}); {remedy}")
+
+
+def _of_diffusers(thing: type | Callable) -> bool:
+    return thing.__module__.startswith("diffusers.")
+
+
+def _takes_two(function: Callable) -> bool:
+    try:
+        inspect.signature(function).bind_partial(None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def example_inputs(model: nn.Module, batch: int = 1) -> Inputs:
     """Zeros as `model` takes them, in its dtype and on its device: the keyword arguments of one call for `batch` pictures.
 
     Raises:
-        ValueError: the config does not tell their shapes.
+        ValueError: a class that is not known, or a config that does not tell their shapes.
     """
+    refuse_unknown(model, "pass inputs={...}")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     return of(model).inputs(model, lambda *shape: like.new_zeros(batch, *shape))
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..diffusion import make_scheduler
 from ..masking import layers
-from ..models import dryrun
+from ..models import denoisers, dryrun
 from ..models.denoisers import null_label
 from ..packing.packed import is_packed
 from . import structure
@@ -42,11 +42,14 @@ def importance(
     about the picture. Models that predict velocity or the picture are scored by the noise that their prediction implies.
 
     Raises:
-        ValueError: a threshold outside [0, 1).
+        ValueError: a threshold outside [0, 1), or a model that this package cannot call or that takes more than labels.
         FloatingPointError: a loss that is not finite (the timestep is named), or in the end a gradient (its parameter is).
     """
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold {threshold} is not in [0, 1)")
+    remedy = "prune it by magnitude, which needs no gradients"
+    denoisers.refuse_unknown(model, remedy)
+    denoisers.require(model, ["class_labels"], remedy)
     model.eval().requires_grad_(True).zero_grad()
     scheduler = make_scheduler("ddpm", model)
     images = images.to(next(model.parameters()).device)

@@ -1,14 +1,14 @@
 """Removing channels from a model for good: which ones hang together, and a record of those kept that any process can replay.
 
 A group is a set of layer axes that must lose the same channels: a convolution's outputs, the norm behind it, the inputs of
-all that read it. In UNets torch-pruning's dependency graph finds them; in U-ViT they are the hidden units of each MLP and the
-heads of each attention. The record, {layer: {"out": "0-3,6", "in": ...}}, is plain JSON in the model's config: the channels
-that stay, as runs.
+all that read it. In UNets torch-pruning's dependency graph finds them; other families name the pairs of layers that share them
+(models/denoisers.py): in U-ViT the hidden units of each MLP and the heads of each attention. The record,
+{layer: {"out": "0-3,6", "in": ...}}, is plain JSON in the model's config: the channels that stay, as runs.
 """
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +17,8 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from ..models import dryrun
-from ..models.uvit import Attention, UViTModel
+from ..models import denoisers, dryrun
+from ..models.denoisers import Pair
 
 Record = dict[str, dict[str, str]]
 
@@ -56,28 +56,31 @@ def groups(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[Group]:
     """The groups of `model` whose channels can be removed without changing the shape of its output.
 
     Raises:
-        ValueError: neither a U-ViT nor like diffusers' UNets, or torch-pruning cannot trace it.
+        ValueError: a family without pairs whose output does not come from `conv_out`, or torch-pruning cannot trace it.
     """
-    if not isinstance(model, UViTModel) and not isinstance(getattr(model, "conv_out", None), nn.Conv2d):
+    pairs = denoisers.of(model).pairs
+    if pairs is None and not isinstance(getattr(model, "conv_out", None), nn.Conv2d):
         known = "U-ViT, and UNets of diffusers, whose output comes from a convolution `conv_out`"
         raise ValueError(f"Diff-Pruning knows {known}; {type(model).__name__} is neither")
-    return _uvit_groups(model) if isinstance(model, UViTModel) else _traced_groups(model, inputs)
+    return _traced_groups(model, inputs) if pairs is None else [_paired(model, *found) for found in _pairs(model, pairs)]
 
 
-def _uvit_groups(model: UViTModel) -> list[Group]:
-    found = []
-    for name, block in model.named_modules():
-        if not hasattr(block, "attn") or not hasattr(block, "mlp"):
-            continue
-        heads, width = block.attn.num_heads, block.attn.proj.in_features
-        rows = torch.arange(3 * width)
-        head = torch.arange(width) // (width // heads)
-        qkv = Member(f"{name}.attn.qkv", "out", rows, head.repeat(3))
-        found.append(Group(heads, (qkv, Member(f"{name}.attn.proj", "in", rows[:width], head)), width=width // heads))
-        hidden = torch.arange(block.mlp.fc1.out_features)
-        fc1, fc2 = Member(f"{name}.mlp.fc1", "out", hidden, hidden), Member(f"{name}.mlp.fc2", "in", hidden, hidden)
-        found.append(Group(len(hidden), (fc1, fc2)))
-    return found
+def _pairs(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[tuple[str, Pair]]:
+    """Every pair, with the name of each block that has its layers."""
+    layers = dict(model.named_modules())
+    return (
+        (name, pair) for name in layers for pair in pairs if {f"{name}.{pair.writer}", f"{name}.{pair.reader}"} <= set(layers)
+    )
+
+
+def _paired(model: nn.Module, block: str, pair: Pair) -> Group:
+    writer, reader = f"{block}.{pair.writer}", f"{block}.{pair.reader}"
+    width = model.get_submodule(reader).in_features
+    channels = model.get_submodule(f"{block}.{pair.heads}").num_heads if pair.heads else width
+    channel = torch.arange(width) // (width // channels)
+    rows = model.get_submodule(writer).out_features  # queries, keys and values: three times the width
+    out = Member(writer, "out", torch.arange(rows), channel.repeat(rows // width))
+    return Group(channels, (out, Member(reader, "in", torch.arange(width), channel)), width=width // channels)
 
 
 def _traced_groups(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[Group]:
@@ -200,7 +203,8 @@ def apply(model: nn.Module, record: Record, inputs: Mapping[str, torch.Tensor] |
     """
     layers = dict(model.named_modules())
     kept = {name: _parsed(layers.get(name), name, axes) for name, axes in record.items()}
-    heads = {name: _heads(name, module, kept) for name, module in layers.items() if isinstance(module, Attention)}
+    pairs = [(block, pair) for block, pair in _pairs(model, denoisers.of(model).pairs or ()) if pair.heads]
+    heads = {f"{block}.{pair.heads}": _heads(model, block, pair, kept) for block, pair in pairs}
     trial = _shrunk(dryrun.meta_copy(model), kept, heads)
     try:
         dryrun.positions(trial, inputs)
@@ -238,18 +242,20 @@ def _parsed(layer: nn.Module | None, name: str, axes: object) -> dict[str, list[
         raise ValueError(f"the pruning record does not fit {name}: {error}") from error
 
 
-def _heads(name: str, attention: Attention, stays: Mapping[str, dict[str, list[int]]]) -> int:
-    """How many heads of a U-ViT attention stay; queries, keys, values and the projection must lose the same whole ones."""
-    if not {f"{name}.qkv", f"{name}.proj"} & set(stays):
-        return attention.num_heads
-    width = attention.proj.in_features
-    size = width // attention.num_heads
-    columns = stays.get(f"{name}.proj", {}).get("in", [])
+def _heads(model: nn.Module, block: str, pair: Pair, stays: Mapping[str, dict[str, list[int]]]) -> int:
+    """How many heads of an attention stay; queries, keys, values and the projection must lose the same whole ones."""
+    writer, reader, attention = (f"{block}.{part}" for part in (pair.writer, pair.reader, pair.heads))
+    heads, width = model.get_submodule(attention).num_heads, model.get_submodule(reader).in_features
+    if not {writer, reader} & set(stays):
+        return heads
+    size = width // heads
+    columns = stays.get(reader, {}).get("in", [])
     kept = [entry // size for entry in columns[::size]]
     whole = [head * size + i for head in kept for i in range(size)]
-    rows = [part * width + entry for part in range(3) for entry in whole]
-    if not kept or columns != whole or stays.get(f"{name}.qkv", {}).get("out") != rows:
-        raise ValueError(f"the pruning record does not fit {name}: its heads are not whole")
+    parts = model.get_submodule(writer).out_features // width
+    rows = [part * width + entry for part in range(parts) for entry in whole]
+    if not kept or columns != whole or stays.get(writer, {}).get("out") != rows:
+        raise ValueError(f"the pruning record does not fit {attention}: its heads are not whole")
     return len(kept)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from ..masking import layers
+from ..masking.dense import default_rule
 from ..support.files import replacing
 
 CHECKPOINT = "checkpoint.pt"
@@ -149,9 +149,9 @@ class Training:
 def _make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     hidden = {}
     if config.optimizer == "muon":
-        edges = layers.default_exclude(type(model))
+        excluded = default_rule(model)
         linears = [(n, m) for n, m in layers.weight_layers(model) if isinstance(m, nn.Linear)]
-        hidden = {id(m.weight): m.weight for n, m in linears if not any(fnmatchcase(n, glob) for glob in edges)}
+        hidden = {id(m.weight): m.weight for n, m in linears if not excluded(n)}
     rest = [p for p in model.parameters() if id(p) not in hidden]
     adamw = torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
     if not hidden:

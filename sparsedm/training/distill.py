@@ -78,8 +78,9 @@ def finetune(student: nn.Module, teacher: nn.Module | None, data: str | Dataset,
         **options: the fields of `TrainConfig`; `steps` is required.
 
     Raises:
-        ValueError: a bad option, a checkpoint in `out` that belongs to a run with other settings, data without what the model
-            needs, with other channels or more classes, or a model that predicts a variance and has no teacher for it.
+        ValueError: a model that this package cannot call (`denoisers.FAMILIES`), or that predicts a variance and has no teacher;
+            a bad option; a checkpoint in `out` that belongs to a run with other settings; data without what the model needs, with
+            other channels or more classes.
         BlockingIOError: another process trains in `out`.
         FloatingPointError: the loss is not finite (names the step; the last checkpoint stays).
     """
@@ -96,6 +97,7 @@ def _run(
     **options,
 ) -> Iterator[TrainState]:
     config = TrainConfig.of(options)
+    denoisers.refuse_unknown(model, "train it in a loop of your own; sparsify, fold and save take it")
     dataset = data_module.load(data, size=denoisers.picture_size(model))
     scheduler = scheduler or diffusion.training_scheduler(model)
     _check_trainable(model, teacher, scheduler, config)
