@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
@@ -26,6 +27,7 @@ from sparsedm.models import denoisers
 from sparsedm.models.denoisers import each
 from sparsedm.models.uvit import UViTModel
 from sparsedm.packing import kernels, packed, tuning
+from sparsedm.pruning import diffpruning
 from sparsedm.training import distill
 
 BLOCKS = r"(single_)?transformer_blocks\.\d+\.(attn\d?\..*|ff(_context)?\..*|proj_mlp|proj_out)"
@@ -486,12 +488,167 @@ def test_projections_fused_after_folding_stay_sparse():
     assert str(layers.patterns(folded)["mid_block.attentions.0.transformer_blocks.0.attn1.to_qkv"]) == "2:4"
 
 
+# --- classes without a family -----------------------------------------------------------------------------------------
+
+ATTENTION = r"(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
+_UNET_BLOCKS = r"(resnets\.\d+\.conv(1|2|_shortcut)|attentions\..*|(down|up)samplers\.0\.conv)"
+_TINY = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4}
+UNKNOWN = {  # tiny configs, and the names of the layers that the general rule leaves for sparsity
+    "SanaTransformer2DModel": (
+        _TINY | {
+            "sample_size": 8, "num_layers": 2, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8,
+            "cross_attention_dim": 16, "caption_channels": 8,
+        },
+        rf"transformer_blocks\.\d\.(attn[12]\.{ATTENTION}|ff\.conv_(inverted|point))",
+    ),
+    "AuraFlowTransformer2DModel": (
+        _TINY | {
+            "sample_size": 8, "num_mmdit_layers": 1, "num_single_dit_layers": 1, "joint_attention_dim": 8,
+            "caption_projection_dim": 16, "pos_embed_max_size": 16,
+        },
+        rf"(joint|single)_transformer_blocks\.0\.(attn\.{ATTENTION}|ff(_context)?\..*)",
+    ),
+    "WanTransformer3DModel": (
+        _TINY | {"attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2},
+        rf"blocks\.\d\.(attn[12]\.{ATTENTION}|ffn\..*)",
+    ),
+    "CogVideoXTransformer3DModel": (
+        _TINY | {"time_embed_dim": 8, "text_embed_dim": 8, "num_layers": 1, "sample_width": 8, "sample_height": 8},
+        rf"transformer_blocks\.0\.(attn1\.{ATTENTION}|ff\..*)",
+    ),
+    "QwenImageTransformer2DModel": (
+        _TINY | {
+            "in_channels": 16, "num_layers": 1, "attention_head_dim": 16, "joint_attention_dim": 16, "axes_dims_rope": (4, 6, 6),
+        },
+        rf"transformer_blocks\.0\.(attn\.{ATTENTION}|(img|txt)_mlp\..*)",
+    ),
+    "HunyuanDiT2DModel": (
+        {
+            "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "patch_size": 2, "sample_size": 8,
+            "hidden_size": 16, "num_layers": 2, "cross_attention_dim": 8, "cross_attention_dim_t5": 8,
+            "pooled_projection_dim": 8, "text_len": 4, "text_len_t5": 4, "activation_fn": "gelu-approximate",
+        },
+        rf"blocks\.\d\.(attn[12]\.{ATTENTION}|ff\..*)",
+    ),
+    "Lumina2Transformer2DModel": (
+        {
+            "sample_size": 8, "in_channels": 4, "hidden_size": 24, "num_layers": 1, "num_refiner_layers": 1,
+            "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 8, "axes_dim_rope": (4, 2, 2),
+            "axes_lens": (16, 16, 16), "cap_feat_dim": 8,
+        },
+        rf"(noise_refiner|context_refiner|layers)\.0\.(attn\.{ATTENTION}|feed_forward\..*)",
+    ),
+    "PriorTransformer": (
+        {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "embedding_dim": 8, "num_embeddings": 7},
+        rf"transformer_blocks\.\d\.(attn1\.{ATTENTION}|ff\..*)",
+    ),
+    "StableCascadeUNet": (
+        {
+            "in_channels": 4, "out_channels": 4, "conditioning_dim": 16, "block_out_channels": (16, 32),
+            "num_attention_heads": (0, 2), "down_num_layers_per_block": (1, 1), "up_num_layers_per_block": (1, 1),
+            "down_blocks_repeat_mappers": (1, 1), "up_blocks_repeat_mappers": (1, 1), "clip_text_in_channels": 8,
+            "clip_text_pooled_in_channels": 8, "clip_image_in_channels": 8, "switch_level": (False,),
+            "block_types_per_layer": (
+                ("SDCascadeResBlock", "SDCascadeTimestepBlock"),
+                ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
+            ),
+        },
+        r"(down|up)_(blocks\.\d\.\d\.(channelwise|attention)|(down|up)scalers)\..*",
+    ),
+    "ControlNetModel": (
+        {
+            "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 8,
+            "cross_attention_dim": 24, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "conditioning_embedding_out_channels": (16, 32),
+        },
+        rf"(down_blocks\.\d|mid_block)\.{_UNET_BLOCKS}",
+    ),
+    "AutoencoderKL": (
+        {
+            "block_out_channels": (16, 32), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 8,
+            "up_block_types": ("UpDecoderBlock2D",) * 2, "sample_size": 8,
+        },
+        rf"(encoder|decoder)\.(down_blocks\.\d|mid_block|up_blocks\.\d)\.{_UNET_BLOCKS}",
+    ),
+}  # fmt: skip
+every_unknown_class = pytest.mark.parametrize("name", UNKNOWN)
+
+
+def make_unknown(name: str) -> nn.Module:
+    return getattr(diffusers, name)(**UNKNOWN[name][0]).eval()
+
+
+@every_unknown_class
+def test_first_and_last_layers_embeddings_and_modulations_of_any_class_stay_dense(name):
+    model = sparsedm.sparsify(make_unknown(name))
+    sparse = {layer for layer, _ in layers.nm_layers(model)}
+    assert sparse == {layer for layer, _ in layers.weight_layers(model) if re.fullmatch(UNKNOWN[name][1], layer)} and sparse
+    dense = [row for row in sparsedm.report(layers.fold(model)).rows if row.name not in sparse]
+    assert all(re.match("first, last|modulation or embedding|grouped convolution", row.note) for row in dense) and dense
+
+
+@pytest.mark.parametrize("action", [
+    lambda model, out: next(sparsedm.finetune(model, model, Labelled(), steps=1, out=out)),
+    lambda model, out: next(sparsedm.train(model, "glyphs", steps=1, out=out)),
+    lambda model, out: next(sparsedm.sample(model, torch.zeros(1, 4, 8, 8))),
+    lambda model, out: diffusion.start_noise(model, 1),
+    lambda model, out: next(diffpruning.importance(model, torch.zeros(1, 4, 8, 8))),
+    lambda model, out: sparsedm.count(model),
+], ids=["finetune", "train", "sample", "start_noise", "importance", "count"])  # fmt: skip
+@every_unknown_class
+def test_what_cannot_be_called_is_refused_by_name_before_anything_changes(name, action, tmp_path):
+    model = make_unknown(name).requires_grad_(False)
+    with pytest.raises(ValueError, match=rf"{name} is none of the classes .*UNet2DModel.*; (train|sample|prune|pass)"):
+        action(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_diffusers_subclass_of_a_known_class_is_not_taken_for_its_parent():
+    """DreamLiteUNetModel has the forward of UNet2DConditionModel and predicts a flow."""
+    with pytest.raises(ValueError, match="DreamLiteUNetModel is none of"):
+        denoisers.refuse_unknown(object.__new__(diffusers.DreamLiteUNetModel), "")
+
+
+def test_a_class_of_your_own_is_called_with_picture_and_timestep():
+    class Net(diffusers.ModelMixin, diffusers.ConfigMixin):
+        @register_to_config
+        def __init__(self, sample_size=8, in_channels=4):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x, t):
+            return (self.conv(x),)
+
+    class Encoder(Net):
+        def forward(self, x):
+            return self.conv(x)
+
+    class Child(diffusers.DiTTransformer2DModel):
+        pass
+
+    assert next(distill.train(Net(), Labelled(), **STEP)).loss > 0
+    assert sparsedm.generate(Net(), torch.zeros(1, 4, 8, 8), steps=1).shape == (1, 4, 8, 8)
+    denoisers.refuse_unknown(torch.compile(Child(**CASES["DiTTransformer2DModel"].config)), "")
+    with pytest.raises(ValueError, match="Encoder is none of the classes"):
+        next(distill.train(Encoder(), Labelled(), **STEP))
+
+
+@pytest.mark.parametrize(("parts", "sparse"), [
+    ({"many": nn.ModuleList([nn.Linear(8, 8)])}, {"first", "embed", "many.0"}),  # no block: any layer may be the bulk
+    ({"many": nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])}, {"many.0.0"}),
+    ({"middle_block": nn.Sequential(nn.Linear(8, 8))}, {"middle_block.0"}),
+    ({"many": nn.ModuleList([nn.ModuleDict({"ff": nn.Linear(8, 8), "temb": nn.Linear(8, 8)})])}, {"many.0.ff"}),
+], ids=["none", "list", "middle", "modulated"])  # fmt: skip
+def test_the_general_rule_goes_by_repeated_blocks(parts, sparse):
+    net = nn.ModuleDict({"first": nn.Linear(8, 8), "embed": nn.Linear(8, 8), **copy.deepcopy(parts)})
+    assert {name for name, _ in layers.nm_layers(layers.sparsify(net))} == sparse
+
+
 def test_a_class_that_is_not_known_asks_for_inputs_and_reports_without_macs():
-    model = diffusers.LuminaNextDiT2DModel(
-        sample_size=8, hidden_size=16, num_layers=1, num_attention_heads=2, num_kv_heads=2, multiple_of=8, cross_attention_dim=16
-    )
-    with pytest.raises(ValueError, match="LuminaNextDiT2DModel does not take sample, timestep .*; pass inputs="):
-        macs.count(layers.sparsify(model))
+    model = layers.sparsify(make_unknown("Lumina2Transformer2DModel"))
+    with pytest.raises(ValueError, match="Lumina2Transformer2DModel is none of the classes .*; pass inputs="):
+        macs.count(model)
     assert sparsedm.report(model).dense_macs is None
 
 
