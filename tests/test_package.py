@@ -18,6 +18,15 @@ def test_unknown_names_are_attribute_errors():
         _ = sparsedm.sparsity
 
 
+def test_sparsify_knows_the_families_without_another_import():
+    """Their time embeddings are sparse by the papers' list, dense by the general rule."""
+    code = (
+        "import sparsedm, diffusers; model = sparsedm.sparsify(diffusers.UNet2DModel(8, block_out_channels=[32] * 4));"
+        "print(type(model.time_embedding.linear_1).__name__, type(model.conv_in).__name__)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "NMLinear Conv2d\n"
+
+
 def test_import_is_light():
     code = "import sys, sparsedm; print([m for m in ('gradio', 'diffusers', 'matplotlib', 'torch_fidelity') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -47,7 +47,7 @@ def importance(
     """
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold {threshold} is not in [0, 1)")
-    remedy = "prune it by magnitude, which needs no gradients"
+    remedy = "the scores magnitude and random do without a call"
     denoisers.refuse_unknown(model, remedy)
     denoisers.require(model, ["class_labels"], remedy)
     model.eval().requires_grad_(True).zero_grad()
