@@ -31,8 +31,8 @@ _FORWARD = (
     "prediction_type",
 )  # fmt: skip
 # Settings that some of diffusers' schedulers have and others lack, each with the value that changes nothing. The first ones
-# say what the model was trained on, and none of the schedulers used here has them; the others say where a sampler stops on
-# the way. What is in neither belongs to the rule of one sampler (solver_order, set_alpha_to_one, DPM++ does not clip).
+# say what the model was trained on, in ways that nothing here knows; the others say which noise levels and bounds a sampler
+# takes. What is in neither belongs to the rule of one sampler (solver_order, set_alpha_to_one; DPM++ does not clip).
 _FORWARD_EXTRA = {"snr_shift_scale": 1.0, "use_flow_sigmas": False, "timestep_type": "discrete", "predict_epsilon": True}
 _SAMPLING_EXTRA = {
     "clip_sample_range": 1.0, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
