@@ -157,9 +157,10 @@ def test_an_official_checkpoint_becomes_a_model_folder(tmp_path, monkeypatch, ca
     model = UViTModel(sample_size=8, in_channels=3, embed_dim=16, depth=2, num_heads=4)
     torch.save(model.state_dict(), tmp_path / "nnet_ema.pth")
     convert = ("convert", tmp_path / "nnet_ema.pth", tmp_path / "uvit")
-    assert "width 16 is below 64; give num_heads" in refusal(monkeypatch, capsys, *convert)
+    assert "of its width 16; give num_heads (--heads)" in refusal(monkeypatch, capsys, *convert)
     assert "not with heads" in refusal(monkeypatch, capsys, *convert, "--set", "heads=4")
-    found = ask(*convert, "--set", "num_heads=4")
+    assert "num_heads takes a number, not 'four'" in refusal(monkeypatch, capsys, *convert, "--set", "num_heads=four")
+    found = ask(*convert, "--heads", "4", "--norm-eps", "1e-4")
     assert folders.load(found["model"]).config.num_heads == 4
     told = ask("info", tmp_path / "uvit" / folders.WEIGHTS)
     assert told == ask("info", tmp_path / "uvit") and told["class"] == "UViTModel"

@@ -46,10 +46,11 @@ def make_uvit(**changes) -> UViTModel:
 UVITS = {
     "unconditional": ({}, {}),
     "classes, no last convolution": ({"num_classes": 11, "conv": False, "in_channels": 4}, {}),
-    "text": ({"context_dim": 12, "context_tokens": 77, "patch_size": 1}, {}),
-    "short text": ({"context_dim": 12, "context_tokens": 5}, {"context_tokens": 5}),
+    "text": ({"context_dim": 12, "context_tokens": 77, "patch_size": 1}, {"context_tokens": 77}),
+    "60 tokens on 9x9": ({"context_dim": 12, "context_tokens": 60, "patch_size": 1, "sample_size": 9}, {"context_tokens": 60}),
     "SparseDM's bias": ({"qkv_bias": True}, {}),
     "other heads": ({"num_heads": 8, "patch_size": 4}, {"num_heads": 8}),
+    "other norms": ({"norm_eps": 1e-2}, {"norm_eps": 1e-2}),
 }
 
 
@@ -59,10 +60,11 @@ def test_uvit_comes_back_bit_for_bit_with_its_config(name, tmp_path):
     changes, options = UVITS[name]
     model = make_uvit(**changes)
     torch.save(model.state_dict(), tmp_path / "nnet_ema.pth")
-    converted = convert.load(tmp_path / "nnet_ema.pth", **options)
+    converted = convert.load(tmp_path / "nnet_ema.pth", **{"num_heads": 2} | options)
     expected = {key: value for key, value in model.config.items() if not key.startswith("_")}
     assert {key: converted.config[key] for key in expected} == expected
-    x, t, kwargs = torch.randn(2, model.config.in_channels, 8, 8), torch.tensor([3.0, 700.5]), {}
+    size = model.config.sample_size
+    x, t, kwargs = torch.randn(2, model.config.in_channels, size, size), torch.tensor([3.0, 700.5]), {}
     if "num_classes" in changes:
         kwargs["class_labels"] = torch.tensor([1, 10])
     if "context_dim" in changes:
@@ -70,10 +72,51 @@ def test_uvit_comes_back_bit_for_bit_with_its_config(name, tmp_path):
     assert torch.equal(converted(x, t, **kwargs).sample, model(x, t, **kwargs).sample) and not converted.training
 
 
-def test_huge_uvit_has_heads_of_72(tmp_path):
-    model = UViTModel(sample_size=4, embed_dim=1152, depth=0, num_heads=16, mlp_ratio=0.125)
+@pytest.mark.parametrize("name", [name for name, paper in papers.PAPER_MODELS.items() if paper.cls is UViTModel])
+def test_official_uvits_are_known_by_their_sizes(name, monkeypatch):
+    with torch.device("meta"):
+        model = papers.build(name)
+        monkeypatch.setattr(convert, "read", lambda path: model.state_dict())
+        monkeypatch.setattr(convert, "fill", lambda model, *rest: model)
+        converted = convert.uvit("file")
+    assert {key: converted.config[key] for key in model.config if key[0] != "_"} == {
+        key: value for key, value in model.config.items() if key[0] != "_"
+    }
+
+
+@torch.no_grad()
+def test_another_scale_of_attention_goes_into_the_queries(tmp_path):
+    model = make_uvit(qkv_bias=True)
     torch.save(model.state_dict(), tmp_path / "nnet_ema.pth")
-    assert convert.uvit(tmp_path / "nnet_ema.pth").config.num_heads == 16
+    monkey, x, t = F.scaled_dot_product_attention, torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.5])
+    plain = model(x, t).sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: monkey(q, k, v, scale=0.5))  # 0.125 by default
+        expected = model(x, t).sample
+    converted = convert.load(tmp_path / "nnet_ema.pth", num_heads=2, qk_scale=0.5)
+    torch.testing.assert_close(converted(x, t).sample, expected, rtol=1e-4, atol=1e-5)
+    assert (plain - expected).abs().max() > 1e-2
+
+
+TEXT = {"context_dim": 12, "context_tokens": 60, "patch_size": 1, "sample_size": 9}
+
+
+@pytest.mark.parametrize(("changes", "options", "message"), [
+    ({"num_heads": 4}, {}, r"does not tell the number of heads of its width 128; give num_heads \(--heads\)"),
+    (TEXT, {"num_heads": 2}, r"does not tell how many of its 142 tokens are text; give context_tokens \(--context-tokens\)"),
+    ({}, {"num_heads": 2, "context_tokens": 77}, "without text.*leave context_tokens out"),
+    (TEXT, {"num_heads": 2, "context_tokens": 59}, "82 of the 142 rows of pos_embed are left for patches, which is no square"),
+    ({}, {"num_heads": 3}, "num_heads must divide the width 128, 3 does not"),
+    ({}, {"num_heads": 0}, "num_heads must divide the width 128, 0 does not"),
+    ({}, {"num_heads": "two"}, "num_heads takes a number, not 'two'"),
+    ({}, {"num_heads": 2, "norm_eps": -1.0}, "norm_eps must be positive, it is -1.0"),
+    ({}, {"num_heads": 2, "qk_scale": math.nan}, "qk_scale must be positive"),
+    ({}, {"sample_size": 8}, "converted with num_heads, context_tokens, norm_eps, qk_scale, not with sample_size"),
+])  # fmt: skip
+def test_what_the_file_of_a_uvit_does_not_tell_is_asked_for(changes, options, message, tmp_path):
+    torch.save(make_uvit(**changes).state_dict(), tmp_path / "nnet_ema.pth")
+    with pytest.raises(ValueError, match=message):
+        convert.load(tmp_path / "nnet_ema.pth", **options)
 
 
 # --- the DDIM code ----------------------------------------------------------------------------------------------------
@@ -178,20 +221,34 @@ def test_ddim_unet_comes_back_and_computes_what_the_original_does(blocks, tmp_pa
     model = make_ddpm(blocks=blocks)
     state = ddim_layout(model)
     torch.save(state, tmp_path / "ema.ckpt")
-    converted = convert.load(tmp_path / "ema.ckpt")
+    converted = convert.load(tmp_path / "ema.ckpt", sample_size=32)
     assert equal(converted, model) and converted.config.sample_size == 32
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
     torch.testing.assert_close(converted(x, t).sample, ddim_forward(state, x, t, blocks=blocks), rtol=1e-4, atol=1e-4)
     assert torch.equal(converted(x, t).sample, model(x, t).sample)
 
 
-def test_models_without_attention_at_one_level_need_their_size(tmp_path):
-    model = make_ddpm(attention=(0, 1))
+@pytest.mark.parametrize("attention", [(), (1,), (0, 1)])
+def test_unets_of_other_than_official_sizes_need_the_size_of_their_pictures(attention, tmp_path):
+    model = make_ddpm(attention)
     torch.save(ddim_layout(model), tmp_path / "ema.ckpt")
-    with pytest.raises(ValueError, match="ema.ckpt: give sample_size; with attention at 2 levels"):
+    with pytest.raises(ValueError, match=r"ema.ckpt: .*size of the pictures; give sample_size \(--sample-size\)"):
         convert.ddim(tmp_path / "ema.ckpt")
-    converted = convert.ddim(tmp_path / "ema.ckpt", sample_size=32)
-    assert equal(converted, model)
+    with pytest.raises(ValueError, match="sample_size 31 cannot be halved 1 times"):
+        convert.ddim(tmp_path / "ema.ckpt", sample_size=31)
+    assert equal(convert.ddim(tmp_path / "ema.ckpt", sample_size=32), model)
+
+
+@torch.no_grad()
+def test_another_norm_eps_is_taken(tmp_path):
+    model = make_ddpm()
+    torch.save(ddim_layout(model), tmp_path / "ema.ckpt")
+    converted = convert.load(tmp_path / "ema.ckpt", sample_size=32, norm_eps=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.eps = 0.1
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    assert torch.equal(converted(x, t).sample, model(x, t).sample) and converted.config.norm_eps == 0.1
 
 
 @pytest.mark.parametrize("ema", [True, False])
@@ -200,7 +257,7 @@ def test_training_checkpoints_give_the_averaged_weights_if_there_are_some(ema, t
     parallel = {f"module.{name}": value for name, value in ddim_layout(raw).items()}
     content = [parallel, {"state": {}, "param_groups": [{"lr": 0.1}]}, 3, 500] + [ddim_layout(averaged)] * ema
     torch.save(content, tmp_path / "ckpt.pth")
-    assert equal(convert.ddim(tmp_path / "ckpt.pth"), averaged if ema else raw)
+    assert equal(convert.ddim(tmp_path / "ckpt.pth", sample_size=32), averaged if ema else raw)
 
 
 @pytest.mark.parametrize("name", ["ddpm-cifar10", "ddpm-celeba64", "ddpm-lsun256-church"])
@@ -325,11 +382,18 @@ def edited(state, **changes):
 
 UVIT, DDIM = make_uvit().state_dict(), ddim_layout(make_ddpm())
 NORM, Q = "out_blocks.0.norm1.weight", "up.1.attn.0.q.weight"
+NO_SKIPS = {name: value for name, value in UVIT.items() if ".skip_linear." not in name}
+NO_CONVOLUTIONS = {name: value for name, value in DDIM.items() if "sample.conv" not in name}
 
 
 @pytest.mark.parametrize(("content", "message"), [
     (edited(UVIT, **{NORM: None}), "out_blocks.0.norm1.weight is missing"),
     (edited(UVIT, extra=torch.ones(1)), "extra is not of UViTModel"),
+    (edited(UVIT, **{NORM: torch.full((128,), torch.nan)}), "out_blocks.0.norm1.weight holds NaN or infinity"),
+    (edited(DDIM, **{Q: torch.full((64, 64, 1, 1), torch.inf).half()}), "up.1.attn.0.q.weight holds NaN or infinity"),
+    (edited(UVIT, **{"time_embed.0.weight": torch.ones(512, 128)}), "made with the option mlp_time_embed=True"),
+    (NO_SKIPS, "made with the option skip=False"),
+    (NO_CONVOLUTIONS, "made with the option resamp_with_conv=False"),
     (edited(UVIT, **{NORM: torch.ones(3)}), r"out_blocks.0.norm1.weight has shape \[3\], not \[128\]"),
     (edited(UVIT, pos_embed=None), "pos_embed is missing"),
     (edited(UVIT, pos_embed=torch.ones(17, 128)), r"pos_embed has shape \[17, 128\], not 3 axes"),
@@ -347,8 +411,10 @@ NORM, Q = "out_blocks.0.norm1.weight", "up.1.attn.0.q.weight"
 ])  # fmt: skip
 def test_wrong_contents_are_one_line_with_the_file_and_the_name(content, message, tmp_path):
     torch.save(content, tmp_path / "file.pth")
+    names = content if isinstance(content, dict) else {}
+    options = {"num_heads": 2} if "norm.weight" in names else {"sample_size": 32} if "conv_out.weight" in names else {}
     with pytest.raises(ValueError, match=message) as caught:
-        convert.load(tmp_path / "file.pth")
+        convert.load(tmp_path / "file.pth", **options)
     assert "file.pth" in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -90,6 +90,47 @@ def test_loss_is_noise_error_plus_weighted_teacher_error():
     assert not teacher.training
 
 
+class Blank(Dataset):
+    """Sixteen pictures of zeros, whose noisy pictures are the noise alone, scaled."""
+
+    classes = ("none",)
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        return torch.zeros(1, 8, 8), 0
+
+
+def test_the_loss_is_that_of_sparsedm():
+    """Its code: MSE(eps, student) + 0.1 MSE(teacher, student), each the mean over C, H, W and then over the batch."""
+    student, teacher, calls = layers.sparsify(tiny(), "2:4"), tiny(), {}
+    nn.init.normal_(teacher.decoder_pred.weight)
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.register_forward_hook(lambda module, args, output, name=name: calls.update({name: (*args, output.sample.detach())}))
+    state = next(distill.finetune(student, teacher, Blank(), p_uncond=0.0, **STEPS))
+    noisy, t, predicted = calls["student"]
+    abar = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).mul(-1).add(1).cumprod(0)[t].view(-1, 1, 1, 1)
+    noise = noisy / (1 - abar).sqrt()
+    assert torch.equal(noisy, calls["teacher"][0]) and abs(noise.std() - 1) < 0.1
+    first, second = ((goal - predicted).square().mean((1, 2, 3)).mean() for goal in (noise, calls["teacher"][2]))
+    assert state.loss == pytest.approx((first + 0.1 * second).item(), rel=1e-5) and second > 0.1 * first
+
+
+def test_the_average_of_weights_follows_the_ramp_that_its_settings_state():
+    model, decay = tiny(), 0.2
+    weight = model.norm.weight
+    averages, raw = [], []
+    for state in distill.train(model, "digits", **{**STEPS, "ema_decay": decay}):
+        averages.append(dict(state.ema_model().named_parameters())["norm.weight"].detach())
+        raw.append(weight.detach().clone())
+    assert torch.equal(averages[0], raw[0])  # decay 0 at the first step
+    for s in range(1, len(raw)):
+        d = min(decay, (1 + s) / (10 + s))
+        torch.testing.assert_close(averages[s], d * averages[s - 1] + (1 - d) * raw[s], rtol=0, atol=1e-6)
+    assert 2 / 11 < decay < 3 / 12  # both ends of the ramp were there
+
+
 def test_velocity_models_are_trained_on_velocity():
     model = tiny()
     model.register_to_config(noise_schedule={"prediction_type": "v_prediction"})

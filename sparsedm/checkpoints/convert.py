@@ -1,6 +1,7 @@
 """Official checkpoints as models of this package: U-ViT, UNets of the DDIM code, and folders of Diff-Pruning.
 
-Sizes are read off the shapes. Pickled code in the files is refused, never run.
+Sizes are read off the shapes. What a file does not tell is asked for, except of the official models, which are known by their
+sizes. Pickled code in the files is refused, never run.
 """
 
 import inspect
@@ -14,14 +15,17 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ..models import papers
+from ..models.denoisers import CLIP_TOKENS
 from ..models.uvit import UViTModel
 from ..pruning import structure
 from . import folders
 from .statedict import State, check_names, count, fill, read, shape
 
-HEAD_WIDTH = 64  # of U-ViT's official models, but for the Huge ones
-ATTENTION_SIDE = 16  # the DDIM code's models attend where the picture is 16x16
 ATTENTION_SCALES = ("dense", "pruned")
+_OPTIONS = {
+    "num_heads": "a number", "context_tokens": "a number", "norm_eps": "a number", "qk_scale": "a number",
+    "sample_size": "a number", "attention_scale": " or ".join(ATTENTION_SCALES),
+}  # fmt: skip
 _WEIGHTS = (
     f"unet/{folders.WEIGHTS}", f"unet/{folders.INDEX}", "unet/diffusion_pytorch_model.bin", folders.WEIGHTS, folders.INDEX,
     "diffusion_pytorch_model.bin",
@@ -33,12 +37,17 @@ def load(path: str | Path, **options) -> ModelMixin:
     """The model in an official checkpoint, whichever of `uvit`, `ddim` and `diff_pruning` it is for; options as theirs.
 
     Raises:
-        ValueError: it is for none of them, an option that is not of the one it is for, or as they do.
+        ValueError: it is for none of them, an option that is not of the one it is for or of another type, or as they do.
     """
     converter = diff_pruning if Path(path).is_dir() else _converter(path)
-    _, *known = inspect.signature(converter).parameters
+    known = {
+        name: parameter.annotation for name, parameter in inspect.signature(converter).parameters.items() if name in _OPTIONS
+    }
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"{path} is converted with {', '.join(known)}, not with {unknown[0]}")
+    for name, value in options.items():
+        if not isinstance(value, known[name]):
+            raise ValueError(f"{name} takes {_OPTIONS[name]}, not {value!r}")
     return converter(path, **options)
 
 
@@ -50,75 +59,140 @@ def _converter(path: str | Path) -> Callable[..., ModelMixin]:
     raise ValueError(f"{path} is neither of U-ViT nor of the DDIM code; it begins with {', '.join(list(state)[:3])}")
 
 
-def uvit(path: str | Path, *, num_heads: int | None = None, context_tokens: int = 77) -> UViTModel:
+def uvit(
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    context_tokens: int | None = None,
+    norm_eps: float | int = 1e-5,
+    qk_scale: float | int | None = None,
+) -> UViTModel:
     """U-ViT from `nnet_ema.pth`, or `nnet.pth`.
 
     The file does not tell the noise schedule. This package's default fits the models that the official code trains in
     continuous time; for the Huge and the text-to-image ones set the config's `noise_schedule` to Stable Diffusion's.
 
     Args:
-        num_heads: by default those of the official model of that width, else heads 64 wide.
-        context_tokens: of text, for text-to-image models.
+        num_heads: must be given unless an official model is as wide and as deep.
+        context_tokens: of text, for text-to-image models; must be given unless an official one has as many tokens.
+        norm_eps: of the layer norms, by default as in the official code.
+        qk_scale: what attention multiplies queries with keys by, by default as there: 1 / sqrt(width of a head).
 
     Raises:
-        ValueError: as `read`, or a tensor that is missing, unexpected or of another shape (named).
+        ValueError: as `read`, a tensor that is missing, unexpected or of another shape (named), an argument that must be given
+            or that the file contradicts, or an option of the official code that `UViTModel` does not have.
     """
     state = read(path)
+    _refuse_uvit_options(state, path)
     _, tokens, dim = shape(state, "pos_embed", 3, path)
     _, channels, patch, _ = shape(state, "patch_embed.proj.weight", 4, path)
     text, labels = "context_embed.weight" in state, "label_emb.weight" in state
-    patches = tokens - 1 - labels - context_tokens * text
+    depth = 2 * count(state, r"in_blocks\.(\d+)\.")
+    official = [m.config for m in papers.PAPER_MODELS.values() if m.cls is UViTModel]
+    official = [config for config in official if (config["embed_dim"], config["depth"]) == (dim, depth)]
+    if text and context_tokens is None:
+        context_tokens = _official_text(official, tokens, patch, path)
+    if not text and context_tokens is not None:
+        raise ValueError(f"{path} is of a model without text (context_embed.weight is missing); leave context_tokens out")
+    patches = tokens - 1 - labels - (context_tokens or 0)
     side = math.isqrt(max(patches, 0))
     if side**2 != patches or not patches:
         raise ValueError(f"{path}: {patches} of the {tokens} rows of pos_embed are left for patches, which is no square")
-    official = {m.config["embed_dim"]: m.config["num_heads"] for m in papers.PAPER_MODELS.values() if m.cls is UViTModel}
-    heads = num_heads or official.get(dim) or dim // HEAD_WIDTH
-    if not heads:
-        raise ValueError(f"{path}: width {dim} is below {HEAD_WIDTH}; give num_heads")
+    heads = official[0]["num_heads"] if num_heads is None and official else num_heads
+    if heads is None:
+        raise ValueError(f"{path}: the file does not tell the number of heads of its width {dim}; give num_heads (--heads)")
+    if heads < 1 or dim % heads:
+        raise ValueError(f"{path}: num_heads must divide the width {dim}, {heads} does not")
     model = UViTModel(
         sample_size=side * patch,
         in_channels=channels,
         patch_size=patch,
         embed_dim=dim,
-        depth=2 * count(state, r"in_blocks\.(\d+)\."),
+        depth=depth,
         num_heads=heads,
         mlp_ratio=shape(state, "mid_block.mlp.fc1.weight", 2, path)[0] / dim,
         qkv_bias="mid_block.attn.qkv.bias" in state,
         num_classes=shape(state, "label_emb.weight", 2, path)[0] if labels else None,
         context_dim=shape(state, "context_embed.weight", 2, path)[1] if text else None,
-        context_tokens=context_tokens,
+        context_tokens=context_tokens or CLIP_TOKENS,
         conv="final_layer.weight" in state,
+        norm_eps=_positive("norm_eps", norm_eps),
     )
-    return fill(model, state, path)
+    fill(model, state, path)
+    if qk_scale is not None:
+        _scale_queries(model, _positive("qk_scale", qk_scale) * math.sqrt(dim // heads))
+    return model
 
 
-def ddim(path: str | Path, *, sample_size: int | None = None) -> UNet2DModel:
+def _refuse_uvit_options(state: State, path: str | Path) -> None:
+    """Raise ValueError for a model made with an option of the official code that UViTModel does not have."""
+    without_skips = any(name.startswith("out_blocks.") for name in state) and not any(".skip_linear." in name for name in state)
+    for option, made_with in (("mlp_time_embed=True", "time_embed.0.weight" in state), ("skip=False", without_skips)):
+        if made_with:
+            raise ValueError(f"{path} is of a U-ViT made with the option {option}, which UViTModel does not have")
+
+
+def _official_text(official: list[dict], tokens: int, patch: int, path: str | Path) -> int:
+    """The number of text tokens of the official model with as many `tokens` in all."""
+    for config in official:
+        text = config.get("context_tokens", 0)
+        if text and config["patch_size"] == patch and 1 + text + (config["sample_size"] // patch) ** 2 == tokens:
+            return text
+    hint = f"the file does not tell how many of its {tokens} tokens are text"
+    raise ValueError(f"{path}: {hint}; give context_tokens (--context-tokens)")
+
+
+def _scale_queries(model: UViTModel, ratio: float) -> None:
+    """Attention here scales by 1 / sqrt(width of a head); another scale goes into the queries, the first third of qkv."""
+    for name, parameter in model.named_parameters():
+        if ".qkv." in name:
+            parameter.data[: len(parameter) // 3] *= ratio
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive, it is {value}")
+    return value
+
+
+def ddim(path: str | Path, *, sample_size: int | None = None, norm_eps: float | int = 1e-6) -> UNet2DModel:
     """The UNet of the DDIM code (`ema_diffusion_cifar10_model-790000.ckpt` and others), and of DDPM converted to it.
 
     Args:
-        sample_size: of the pictures; by default attention is taken to be at 16x16, as in the official models.
+        sample_size: of the pictures; must be given unless an official model has the same widths and attention.
+        norm_eps: of the group norms, by default as in the official code.
 
     Raises:
-        ValueError: as `uvit`, or a `sample_size` that must be given.
+        ValueError: as `uvit`.
     """
     state = read(path)
     levels = range(max(1, count(state, r"down\.(\d+)\.")))
     widths = tuple(shape(state, f"down.{level}.block.0.conv1.weight", 4, path)[0] for level in levels)
     attention = tuple(level for level in levels if f"down.{level}.attn.0.q.weight" in state)
-    if sample_size is None and len(attention) != 1:
-        raise ValueError(f"{path}: give sample_size; with attention at {len(attention)} levels the file does not tell it")
     if any(width % papers.DDPM_GROUPS for width in widths):
         raise ValueError(
             f"{path}: widths {list(widths)} are not multiples of {papers.DDPM_GROUPS}; a pruned model needs its folder"
         )
-    config = papers.ddpm_config(
-        sample_size or ATTENTION_SIDE * 2 ** attention[0], widths, attention, count(state, r"down\.0\.block\.(\d+)\.")
-    )
+    if len(widths) > 1 and not any(".downsample." in name for name in state):
+        raise ValueError(f"{path} is of a UNet made with the option resamp_with_conv=False, which UNet2DModel does not have")
+    sizes = papers.ddpm_config(sample_size, widths, attention, count(state, r"down\.0\.block\.(\d+)\."))
+    size = _official_size(sizes, path) if sample_size is None else sample_size
+    if size < 1 or size % 2 ** (len(widths) - 1):
+        raise ValueError(f"{path}: pictures of sample_size {size} cannot be halved {len(widths) - 1} times")
+    config = sizes | {"sample_size": size, "norm_eps": _positive("norm_eps", norm_eps)}
     channels = {
         "in_channels": shape(state, "conv_in.weight", 4, path)[1],
         "out_channels": shape(state, "conv_out.weight", 4, path)[0],
     }
     return fill(UNet2DModel(**config, **channels), state, path, lambda name: _ddim_name(name, len(levels)))
+
+
+def _official_size(sizes: dict, path: str | Path) -> int:
+    """The size of the pictures of the official UNet with these widths and attention."""
+    for config in (paper.config for paper in papers.PAPER_MODELS.values() if paper.cls is UNet2DModel):
+        if {**sizes, "sample_size": config["sample_size"]} == config:
+            return config["sample_size"]
+    raise ValueError(f"{path}: the file does not tell the size of the pictures; give sample_size (--sample-size)")
 
 
 _DDIM_NAMES = (

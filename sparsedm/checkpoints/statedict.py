@@ -20,7 +20,7 @@ def read(path: str | Path) -> State:
     Of a training checkpoint (a list, as the DDIM code saves it) it is the averaged weights, or else the raw ones.
 
     Raises:
-        ValueError: the file holds pickled code, or is no state dict.
+        ValueError: the file holds pickled code, is no state dict, or has a tensor with NaN or infinity (named).
         FileNotFoundError: it is not there.
     """
     try:
@@ -44,7 +44,11 @@ def read(path: str | Path) -> State:
     if not _is_state(content):
         raise ValueError(f"{path} holds no state dict, but a {type(content).__name__}")
     parallel = all(name.startswith("module.") for name in content)  # nn.DataParallel
-    return {name.removeprefix("module.") if parallel else name: value.float() for name, value in content.items()}
+    state = {name.removeprefix("module.") if parallel else name: value.float() for name, value in content.items()}
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity; the training has diverged, take an earlier checkpoint")
+    return state
 
 
 def read_shards(index: str | Path) -> State:

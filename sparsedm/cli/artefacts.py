@@ -171,19 +171,29 @@ def export(
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="nnet_ema.pth of U-ViT, a checkpoint of the DDIM code, or a pruned folder.")],
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="What the file does not tell: num_heads, context_tokens, sample_size or attention_scale=VALUE."
-        ),
+    heads: Annotated[int | None, typer.Option(min=1, help="U-ViT: attention heads.")] = None,
+    context_tokens: Annotated[int | None, typer.Option(min=1, help="Text-to-image U-ViT: tokens of text.")] = None,
+    qk_scale: Annotated[float | None, typer.Option(help="U-ViT: scale of attention, if not 1 / sqrt(width of a head).")] = None,
+    norm_eps: Annotated[
+        float | None, typer.Option(help="Of the norms, if not as in the official code: 1e-5 (U-ViT) or 1e-6 (DDIM).")
     ] = None,
+    sample_size: Annotated[int | None, typer.Option(min=1, help="The DDIM code's UNets: side of the pictures.")] = None,
+    attention_scale: Annotated[
+        str | None, typer.Option(help="Diff-Pruning's folders: dense (made with torch 1.13) or pruned (torch 2).")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="The same as NAME=VALUE, such as num_heads=4.")] = None,
     json: Json = False,
 ) -> None:
-    """Make a model folder of an official checkpoint. Example: python -m sparsedm convert nnet_ema.pth uvit"""
+    """Make a model folder of an official checkpoint. Example: python -m sparsedm convert nnet_ema.pth uvit --heads 4"""
     from ..checkpoints import convert as converting
 
     free(out)
-    model = converting.load(checkpoint, **settings(set_))
+    given = {
+        "num_heads": heads, "context_tokens": context_tokens, "qk_scale": qk_scale, "norm_eps": norm_eps,
+        "sample_size": sample_size, "attention_scale": attention_scale,
+    }  # fmt: skip
+    options = settings(set_) | {name: value for name, value in given.items() if value is not None}
+    model = converting.load(checkpoint, **options)
     folders.save(model, out)
     parameters = sum(p.numel() for p in model.parameters())
     found = {"model": str(out), "class": type(model).__name__, "parameters": parameters}

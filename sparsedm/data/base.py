@@ -3,6 +3,8 @@
 import torch
 from torch.utils.data import Dataset
 
+from ..support import seeds
+
 SPLITS = {"train": 0, "test": 1}
 
 
@@ -51,6 +53,6 @@ class StepSampler:
         for step in range(self.start, self.stop):
             epoch, position = divmod(step, per_epoch)
             if epoch != drawn:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                generator = torch.Generator().manual_seed(seeds.numbered(self.seed, epoch))
                 order, drawn = torch.randperm(self.n, generator=generator).tolist(), epoch
             yield order[position * self.batch_size : (position + 1) * self.batch_size]

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
+from ..support import seeds
 from ..support.files import replacing
 
 NULL = "null.safetensors"
@@ -76,7 +77,7 @@ def encode(vae: AutoencoderKL, dataset: Dataset, folder: str | Path, *, batch_si
             loader = DataLoader(torch.utils.data.Subset(dataset, range(start, stop)), batch_size)
             latents, labels = [], []
             for images, some in loader:
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + start + sum(map(len, labels)))
+                generator = torch.Generator().manual_seed(seeds.numbered(seed, start + sum(map(len, labels))))
                 drawn = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.sample(generator)
                 latents.append((drawn * vae.config.scaling_factor).half().cpu())
                 labels.append(some)

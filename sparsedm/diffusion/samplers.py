@@ -1,5 +1,6 @@
 """Sampling, step by step, with diffusers' schedulers."""
 
+import inspect
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from torch import nn
 
 from ..models import denoisers
 from ..models.denoisers import Inputs, each, null_label
-from .schedules import make_scheduler, predict_x0
+from ..support import seeds
+from .schedules import check_betas, make_scheduler, predict_x0
 
 PIPELINE = "sample it with its diffusers pipeline"
 STEP_SEEDS = 1 << 31  # far from the seeds of the noise that sampling starts from; torch takes seeds modulo 2**32
@@ -21,12 +23,14 @@ STEP_SEEDS = 1 << 31  # far from the seeds of the noise that sampling starts fro
 class SampleState:
     """One step of sampling: `step` of `steps`, x_t after it and the predicted x_0, both [B, C, H, W].
 
+    `steps` counts the calls of the model: samplers of second order (Heun, KDPM2) make up to two for each step asked for.
+    `timestep` may lie between two timesteps of the training (a float), as Euler's with Karras's noise levels.
     `seconds` is the time of the model call alone (both halves of a guided call, and the wait for an asynchronous device).
     """
 
     step: int
     steps: int
-    timestep: int
+    timestep: int | float
     sample: torch.Tensor
     x0: torch.Tensor
     seconds: float
@@ -41,13 +45,13 @@ def start_noise(model: nn.Module, n: int, seed: int = 0, first: int = 0) -> torc
     denoisers.refuse_unknown(model, PIPELINE)
     shape = denoisers.of(model).shape(model)
     generator = torch.Generator()
-    rows = [torch.randn(shape, generator=generator.manual_seed(seed * 1_000_003 + i)) for i in range(first, first + n)]
+    rows = [torch.randn(shape, generator=generator.manual_seed(seeds.numbered(seed, i))) for i in range(first, first + n)]
     return torch.stack(rows)
 
 
 def step_generators(n: int, seed: int = 0, first: int = 0) -> list[torch.Generator]:
     """For samplers that add noise: a generator for each of the pictures `first`, `first` + 1, ..., as in `start_noise`."""
-    return [torch.Generator().manual_seed(STEP_SEEDS + seed * 1_000_003 + i) for i in range(first, first + n)]
+    return [torch.Generator().manual_seed(STEP_SEEDS + seeds.numbered(seed, i)) for i in range(first, first + n)]
 
 
 def sample(
@@ -65,7 +69,9 @@ def sample(
     """Denoise `noise` [B, C, H, W], yielding a `SampleState` after every step; the last one holds the pictures.
 
     Args:
-        sampler: a name from `SAMPLERS`, on the model's own noise schedule, or a diffusers scheduler.
+        sampler: a name from `SAMPLERS`, on the model's own noise schedule, or a diffusers scheduler, which is used as it is:
+            its noise schedule and prediction type must be the model's, as in `EulerDiscreteScheduler.from_config(...)` of its
+            `noise_schedule`.
         class_labels: [B]; None lets a conditional model draw without a class.
         conditioning: what else the model takes, such as {"encoder_hidden_states": [B, tokens, dim]}.
         negative: the same for the uncond of guidance (the empty text), as far as it differs.
@@ -74,16 +80,15 @@ def sample(
 
     Raises:
         ValueError: a model that this package cannot call (`denoisers.FAMILIES`), one that predicts a flow or takes text and gets
-            no `conditioning`, guidance for a model without classes, a class that it does not have, or steps out of range.
+            no `conditioning`, a scheduler that is not for models like this, guidance for a model without classes, a class that the
+            model does not have, or steps out of range.
     """
     denoisers.refuse_unknown(model, PIPELINE)
     if denoisers.of(model).flow:
         raise ValueError(f"{type(model).__name__} predicts a flow; {PIPELINE}")
     denoisers.require(model, ("class_labels", *(conditioning or {})), "pass it in conditioning={...}")
     scheduler = make_scheduler(sampler, model) if isinstance(sampler, str) else sampler
-    train_steps = scheduler.config.num_train_timesteps
-    if not 1 <= steps <= train_steps:
-        raise ValueError(f"steps must be in 1..{train_steps}, not {steps}")
+    _set_timesteps(scheduler, steps)
     null = null_label(model)
     if null is not None and class_labels is not None and not 0 <= int(class_labels.min()) <= int(class_labels.max()) <= null:
         raise ValueError(f"the classes of this model are 0 to {null - 1}, and {null} for none")
@@ -94,18 +99,42 @@ def sample(
     guided = guidance != 0 and (class_labels is not None or negative is not None)
     given, without = _conditionings(model, class_labels, conditioning, negative, x)
     arguments = _joined(given, without) if guided else given
-    scheduler.set_timesteps(steps)
-    for step, t in enumerate(scheduler.timesteps.tolist(), 1):
+    takes_generator = generator is not None and "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if takes_generator else {}
+    for step, t in enumerate(scheduler.timesteps, 1):
         model_input = scheduler.scale_model_input(x, t)
         with torch.no_grad():
             seconds, output = _timed_call(model, torch.cat([model_input] * 2) if guided else model_input, t, arguments)
             if guided:
                 cond, uncond = output.chunk(2)
                 output = cond + guidance * (cond - uncond)
-            x0 = predict_x0(scheduler, output, t, x)
-            extra = {"generator": generator} if generator is not None else {}
-            x = scheduler.step(output, t, x, **extra).prev_sample
-        yield SampleState(step, steps, int(t), x, x0, seconds)
+            stepped = scheduler.step(output, t, x, **extra)
+            x0 = _predicted_x0(scheduler, stepped, output, step, t, x)
+            x = stepped.prev_sample
+        yield SampleState(step, len(scheduler.timesteps), t.item(), x, x0, seconds)
+
+
+def _set_timesteps(scheduler: SchedulerMixin, steps: int) -> None:
+    """Prepare for so many steps. Raises ValueError if there are none such, or the scheduler is not for models like ours."""
+    check_betas(scheduler)
+    own, kind = inspect.signature(type(scheduler).__init__).parameters, scheduler.config.get("variance_type")
+    if "variance_type" in own and kind in ("learned", "learned_range"):
+        remedy = "sample with ddim or dpm++, or give a scheduler with variance_type='fixed_small'"
+        raise ValueError(f"{type(scheduler).__name__} with variance_type={kind!r} is not known here; {remedy}")
+    last = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= last:
+        raise ValueError(f"steps must be in 1..{last}, not {steps}")
+    scheduler.set_timesteps(steps)
+    if scheduler.timesteps.max() >= last:  # steps_offset moves all of them
+        raise ValueError(f"{steps} steps reach timestep {scheduler.timesteps.max().item()}, the last is {last - 1}; take fewer")
+
+
+def _predicted_x0(scheduler: SchedulerMixin, stepped, output: torch.Tensor, step: int, t: torch.Tensor, x: torch.Tensor):
+    """x_0 as the scheduler has used it in its step; where it does not say so, computed at the noise level of that step."""
+    if getattr(stepped, "pred_original_sample", None) is not None:
+        return stepped.pred_original_sample
+    abar = 1 / (1 + scheduler.sigmas[step - 1] ** 2) if hasattr(scheduler, "sigmas") else None  # sigma = noise over signal
+    return predict_x0(scheduler, output, t, x, abar)
 
 
 def _conditionings(model, class_labels, conditioning, negative, x: torch.Tensor) -> tuple[Inputs, Inputs]:
@@ -123,11 +152,11 @@ def _joined(a: Inputs, b: Inputs) -> Inputs:
     return {k: _joined(v, b[k]) if isinstance(v, dict) else torch.cat([v, b[k]]) for k, v in a.items()}
 
 
-def _timed_call(model: nn.Module, x: torch.Tensor, t: int, kwargs: Inputs) -> tuple[float, torch.Tensor]:
+def _timed_call(model: nn.Module, x: torch.Tensor, t: torch.Tensor, kwargs: Inputs) -> tuple[float, torch.Tensor]:
     synchronize = torch.cuda.synchronize if x.is_cuda else (lambda: None)
     synchronize()
     start = time.perf_counter()
-    output = denoisers.of(model).predict(model, x, torch.tensor(t, device=x.device), kwargs)[:, : x.shape[1]]
+    output = denoisers.of(model).predict(model, x, t.to(x.device), kwargs)[:, : x.shape[1]]
     synchronize()
     return time.perf_counter() - start, output
 

@@ -65,11 +65,11 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; with `skip` it first merges a long skip connection."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool = False):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, norm_eps: float, skip: bool = False):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim, norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
 
@@ -91,6 +91,7 @@ class UViTModel(ModelMixin, ConfigMixin):
         num_classes: size of the label table, the unconditional label (the last) included; None for no label token.
         context_dim, context_tokens: of the text features of the text-to-image models; None for no text.
         conv: end with a 3x3 convolution (official: all but the Huge models).
+        norm_eps: of the layer norms.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -113,6 +114,7 @@ class UViTModel(ModelMixin, ConfigMixin):
         context_dim: int | None = None,
         context_tokens: int = 77,
         conv: bool = True,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
         if sample_size % patch_size:
@@ -132,12 +134,12 @@ class UViTModel(ModelMixin, ConfigMixin):
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim))
 
         def block(skip: bool = False) -> Block:
-            return Block(embed_dim, num_heads, mlp_ratio, qkv_bias, skip)
+            return Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_eps, skip)
 
         self.in_blocks = nn.ModuleList(block() for _ in range(depth // 2))
         self.mid_block = block()
         self.out_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = nn.LayerNorm(embed_dim, norm_eps)
         self.decoder_pred = nn.Linear(embed_dim, patch_size**2 * in_channels)
         self.final_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1) if conv else nn.Identity()
         nn.init.trunc_normal_(self.pos_embed, std=0.02)

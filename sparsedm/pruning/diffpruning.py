@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..diffusion import make_scheduler
+from ..diffusion import add_noise, predict_noise, training_scheduler
 from ..masking import layers
 from ..models import denoisers, dryrun
 from ..models.denoisers import null_label
@@ -51,7 +51,7 @@ def importance(
     denoisers.refuse_unknown(model, remedy)
     denoisers.require(model, ["class_labels"], remedy)
     model.eval().requires_grad_(True).zero_grad()
-    scheduler = make_scheduler("ddpm", model)
+    scheduler = training_scheduler(model)
     images = images.to(next(model.parameters()).device)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).to(images)
     labelled = class_labels is not None and null_label(model) is not None
@@ -76,14 +76,8 @@ def importance(
 
 def _noise_loss(model, scheduler, images, noise, t, labels: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Squared error of the predicted noise, summed over the picture, mean over the batch (as the official code)."""
-    noisy = scheduler.add_noise(images, noise, t)
-    output = model(noisy, t, **labels).sample
-    abar = scheduler.alphas_cumprod.to(noisy)[t].view(-1, 1, 1, 1)
-    kind = scheduler.config.prediction_type
-    if kind == "v_prediction":
-        output = abar.sqrt() * output + (1 - abar).sqrt() * noisy
-    elif kind == "sample":
-        output = (noisy - abar.sqrt() * output) / (1 - abar).sqrt()
+    noisy = add_noise(scheduler, images, noise, t)
+    output = predict_noise(scheduler, model(noisy, t, **labels).sample, t, noisy)
     return (noise - output).square().flatten(1).sum(1).mean()
 
 

@@ -29,7 +29,9 @@ class TrainConfig:
         optimizer: "adamw", or "muon" (torch.optim.Muon on the hidden linear weights, AdamW on the rest).
         lr, betas, weight_decay: of either. lr_schedule: diffusers' name ("constant_with_warmup" is the papers', "cosine").
         warmup: steps of linear warm-up. clip: largest gradient norm, 0 for none.
-        ema_decay: of the moving average of the dense master weights.
+        ema_decay: the decay d of the moving average (EMA) of the dense master weights. After s steps it is diffusers' ramp
+            min(d, (1 + s) / (10 + s)), and 0 at the first step, not the constant d of the official codes: 0.999 is reached
+            after 8,990 steps, 0.9999 after 89,990.
         p_uncond: how often a label is replaced by the "no class" one, for classifier-free guidance.
         flip: mirror half of the pictures.
         noise_weight, teacher_weight: of the two terms of the loss (SparseDM 3.3: 1 and 0.1).

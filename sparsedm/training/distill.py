@@ -26,7 +26,7 @@ from .. import diffusion
 from ..masking import layers
 from ..models import denoisers
 from ..models.denoisers import Denoiser, Inputs, each
-from ..support import processes
+from ..support import processes, seeds
 from ..support.files import sweep
 from .checkpoint import CHECKPOINT, TrainConfig, Training
 
@@ -238,7 +238,7 @@ class _StepDraw:
     def random_stream(self, step: int) -> Iterator[None]:
         """Within it torch's generators (dropout's too) follow from (seed, step); afterwards they are as before."""
         with torch.random.fork_rng():
-            torch.manual_seed((self.config.seed * 1_000_003 + step) * 997)
+            torch.manual_seed(seeds.numbered(self.config.seed, step) * 997)
             yield
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor | Inputs) -> tuple[torch.Tensor, ...]:

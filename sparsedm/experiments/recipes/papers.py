@@ -1,8 +1,9 @@
 """The papers' own experiments, with their data, sizes and settings: for GPU machines and the data sets at hand.
 
 Sources: the official repositories' configurations of SparseDM and U-ViT (linear variance-preserving SDE, here its 1,000-step
-form) and of Diff-Pruning (its antithetic timesteps and quadratic DDIM spacing have no counterpart here). A teacher may also be
-an official checkpoint: put its folder at OUT/NAME/model.
+form) and of Diff-Pruning (its antithetic timesteps and quadratic DDIM spacing have no counterpart here). Their EMA decays are
+constant, here they are the ends of diffusers' ramp (`TrainConfig`). A teacher may also be an official checkpoint: put its folder
+at OUT/NAME/model.
 """
 
 from dataclasses import replace
