@@ -1,5 +1,6 @@
 """Sampling, step by step, with diffusers' schedulers."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -78,6 +79,8 @@ def sample(
     train_steps = scheduler.config.num_train_timesteps
     if not 1 <= steps <= train_steps:
         raise ValueError(f"steps must be in 1..{train_steps}, not {steps}")
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance must be a finite number of at least 0, not {guidance}")
     null = null_label(model)
     if null is not None and class_labels is not None and not 0 <= int(class_labels.min()) <= int(class_labels.max()) <= null:
         raise ValueError(f"the classes of this model are 0 to {null - 1}, and {null} for none")
