@@ -3,8 +3,10 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sparsedm.demo import models, page
+if TYPE_CHECKING:
+    from sparsedm.demo import models
 
 
 def main() -> None:
@@ -17,6 +19,9 @@ def main() -> None:
     add("--share", action="store_true", help="also serve it at a public address, through gradio.live")
     add("--device", default="auto", help="cpu, cuda, ...; by default the GPU if there is one")
     args = parser.parse_args()
+
+    from sparsedm.demo import page  # --help does without
+
     try:
         catalogue, left, right = choose(args.model, args.device)
     except (ValueError, OSError) as error:
@@ -24,8 +29,10 @@ def main() -> None:
     page.build(catalogue, left, right).launch(server_port=args.port, share=args.share, **page.LOOK)
 
 
-def choose(asked: list[str], device: str = "auto") -> tuple[models.Catalogue, str, str]:
+def choose(asked: list[str], device: str = "auto") -> tuple["models.Catalogue", str, str]:
     """The catalogue with the asked folders, and the models to start with. Raises ValueError for what is no model."""
+    from sparsedm.demo import models
+
     bundled = [name for name in asked if name in models.Catalogue().titles]
     folders = [Path(name) for name in asked if name not in bundled]
     catalogue = models.Catalogue(folders, models.device_of(device))

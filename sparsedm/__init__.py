@@ -8,9 +8,9 @@ sparsedm.save(sparsedm.fold(student), "out")
 
 import importlib
 
-from .support.compat import repair_torchvision
+from .support.compat import repair_torchvision_on_import
 
-repair_torchvision()  # before anything imports diffusers
+repair_torchvision_on_import()  # before anything imports diffusers
 
 __version__ = "0.1.0"
 

@@ -148,3 +148,50 @@ def test_a_benchmark_is_told_to_programs(monkeypatch):
     (line,) = done.stdout.splitlines()
     told = json.loads(line)
     assert set(speed.machine()) < set(told) and all(row["speedup"] > 0 for row in told["rows"]) and len(told["rows"]) == 2
+
+
+# --- long work without a terminal -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`clock(seconds)`: so much time passes for the command line."""
+    now = [1000.0]
+    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def test_without_a_terminal_there_is_a_line_every_thirty_seconds(clock, capsys):
+    def states():
+        for step in range(101, 201):  # a run that goes on at step 100
+            yield Progress("train", step, 200, f"loss {step / 1000:.4f}", pictures=64)
+            clock(2)
+
+    common.show("glyphs-unet", states())
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "glyphs-unet: train: 101 of 200, loss 0.1010"
+    assert lines[1] == "glyphs-unet: train: 116 of 200, loss 0.1160, 32 pictures/s, 0:02:48 left"
+    assert [int(re.search(r"(\d+) of 200", line)[1]) for line in lines] == [101, 116, 131, 146, 161, 176, 191, 200]
+
+
+def test_every_stage_has_a_first_and_a_last_line(clock, capsys):
+    def states():
+        for stage, total in (("sample", 3), ("score", 1)):
+            for done in range(1, total + 1):
+                yield Progress(stage, done, total)
+                clock(1)
+
+    common.show("", states())
+    assert capsys.readouterr().err.splitlines() == ["sample: 1 of 3", "sample: 3 of 3, 0:00:00 left", "score: 1 of 1"]
+
+
+def test_the_last_state_is_shown_when_work_ends_early(clock, capsys):
+    with common.bars() as tell:
+        tell("train", 1, 9)
+        tell("train", 5, 9)
+    assert capsys.readouterr().err.splitlines() == ["train: 1 of 9", "train: 5 of 9"]
+
+
+def test_asked_for_json_nothing_is_shown(capsys):
+    common.show("", iter([Progress("sample", 1, 2)]), quiet=True)
+    assert capsys.readouterr().err == ""

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -227,12 +228,43 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, monkeypatch,
         (("generate", "{}/tiny", "{}/o.png", "--label", "11", "--json"), "the classes of this model are 0 to 9, and 10 for none"),
         (("sparsify", "{}/tiny", "{}/o", "--exclude", "nope.*"), "'nope.*' matches no layer"),
         (("train", "{}/tiny", "{}/o", "--data", "digits", "--track", "aim"), "tracker 'aim' is not installed"),
-        (("evaluate", "{}/tiny", "{}/o", "--precision", "int8"), "precision is 'bf16' or 'fp32'"),
+        (("evaluate", "{}/tiny", "{}/o", "--precision", "int8"), "unknown precision 'int8'; known: bf16, fp32"),
         (("evaluate", "glyphs-uvit", "{}/o", "--n", "99"), "a Fréchet distance needs at least 2048 samples, there are 99"),
         (("evaluate", "{}/tiny", "{}/o", "--data", "glyphs"), "glyphs are pictures of shape [1, 16, 16], and those of UViTModel"),
         (
             ("evaluate", "{}/tiny", "{}/o", "--data", "digits"),
             "digits is scored with Inception's weights (FID) or against a base",
+        ),
+        (("train", "nothing", "{}/o", "--set", "teacher=1"), "unknown training setting 'teacher'; known: steps, "),
+        (("train", "nothing", "{}/o", "--set", "out=x"), "unknown training setting 'out'"),
+        (("finetune", "nothing", "{}/o", "--set", "scheduler=ddim"), "unknown training setting 'scheduler'"),
+        (("train", "nothing", "{}/o", "--set", "lr=much"), "lr must be a finite number of at least 0, not 'much'"),
+        (("train", "nothing", "{}/o", "--set", "ema_decay=7"), "ema_decay must be a finite number from 0 to 1, not 7"),
+        (("reproduce", "glyphs-unet", "--out", "{}/o", "--set", "out=x"), "unknown training setting 'out'"),
+        (("reproduce", "glyphs-unet", "--out", "{}/o", "--set", "seed=1"), "use --seed"),
+        (("reproduce", "glyphs-unet", "--out", "{}/o", "--set", "warmup=-5"), "warmup must be a whole number of at least 0"),
+        (("bench", "--dtypes", "int8"), "--dtypes takes float32, bfloat16, float16, not 'int8'"),
+        (("bench", "--batches", "0"), "--batches takes whole numbers of at least 1, such as 1,4, not '0'"),
+        (("bench", "--threads", "1,many"), "--threads takes whole numbers of at least 1, such as 1,4, not 'many'"),
+        (("bench", "--output", "{}/tiny"), "tiny is a folder; name a file"),
+        (("bench", "--output", "{}/times.png"), "is where the figure would be drawn; name a JSON file"),
+        (("generate", "{}/tiny", "{}/o.png", "--word", "AB", "--label", "1"), "give the word or the label, not both"),
+        (("generate", "nothing", "{}/o.xyz"), "o.xyz does not end as a picture does, such as .png"),
+        (("generate", "nothing", "{}/tiny/config.json/o.png"), "config.json is no folder; name another place for o.png"),
+        (("generate", "{}/tiny", "{}/o.png", "--sampler", "euler2"), "unknown sampler 'euler2'; known: "),
+        (("evaluate", "nothing", "{}/o", "--sampler", "euler2"), "unknown sampler 'euler2'; known: "),
+        (
+            ("evaluate", "{}/tiny", "{}/o", "--data", "digits", "--base", "glyphs-uvit"),
+            "the base makes pictures of shape [1, 16, 16], the model of [1, 8, 8]; take a base of the same shape",
+        ),
+        (("evaluate", "glyphs-uvit", "{}/o", "--reference", "folder:{}/nothing"), "nothing does not exist"),
+        (("sparsify", "{}/tiny", "{}/o", "--pattern", "4:4"), "pattern 4:4 keeps every weight"),
+        (("export", "{}/tiny", "{}/o", "--format", "packed"), "no N:M sparse layer to pack"),
+        (("prune", "{}/tiny", "{}/o", "--data", "digits", "--ratio", "1"), "ratio 1.0 is not between 0 and 1"),
+        (("prune", "{}/tiny", "{}/o", "--data", "digits", "--score", "best"), "unknown score 'best'; known: squared"),
+        (
+            ("prune", "{}/tiny", "{}/o", "--score", "magnitude", "--round-to", "1024"),
+            "ratio 0.3 with round_to 1024 removes nothing; take a higher ratio",
         ),
         (("generate", "{}/tiny", "{}/o.png", "--vae", "{}/nothing"), "nothing is no folder of an autoencoder"),
         (("train", "{}/tiny", "{}/o", *QUICK, "--set", "lr=1e38", "--json"), "the loss is nan at step 2; start anew"),
@@ -242,3 +274,28 @@ def test_bad_input_is_one_line(arguments, message, tiny, tmp_path, monkeypatch, 
     assert message in refusal(monkeypatch, capsys, *(str(a).format(tmp_path) for a in arguments))
     left = [path.name for path in tmp_path.iterdir()]
     assert left == ["tiny"] or "loss is nan" in message  # what trained has left its checkpoint
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "m", "o.png", "--guidance", "-5"),
+        ("generate", "m", "o.png", "--guidance", "nan"),
+        ("generate", "m", "o.png", "--guidance", "inf"),
+        ("generate", "m", "o.png", "--seed", str(2**70)),
+        ("generate", "m", "o.png", "--steps", "0"),
+        ("evaluate", "m", "o", "--seed", "-1"),
+        ("train", "m", "o", "--samples-every", "-1"),
+        ("train", "m", "o", "--batch-size", "0"),
+        ("finetune", "m", "o", "--decay", "nan"),
+        ("prune", "m", "o", "--n", "0"),
+        ("prune", "m", "o", "--round-to", "1000000000"),
+        ("prune", "m", "o", "--threshold", "2"),
+        ("export", "m", "o", "--batch", "0"),
+        ("reproduce", "glyphs-unet", "--n", "0"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_its_options_name(arguments):
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2 and arguments[-2] in result.stderr
+    assert re.search(r"[Ii]nput should|not in the range|valid", result.stderr)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sparsedm
+from sparsedm.experiments import bench
 from sparsedm.measure import speed
 from sparsedm.packing import kernels
 
@@ -34,3 +35,31 @@ def test_another_device_computes_and_onednn_is_left_out():
     row = speed.compare("step", models, batch=1, compiled=False, rounds=1)
     assert {"dense", "packed"} < set(row["ms"]) and speed.ONEDNN not in row["ms"] and row["speedup_over_onednn"] is None
     assert speed.all_threads("meta") == (torch.get_num_threads(),)
+
+
+def test_a_benchmarks_rows_are_told_as_they_are_measured():
+    told = []
+
+    def rows(options):
+        for count in options.threads:
+            assert len(told) == count - 1
+            yield {"threads": count}
+
+    made = bench.Benchmark(rows, line=lambda row: f"{row['threads']} threads")
+    result = bench.run(made, bench.Options(threads=(1, 2)), told.append)
+    assert told == ["1 threads", "2 threads"] and [row["threads"] for row in result["rows"]] == [1, 2]
+    assert set(speed.machine()) < set(result)
+
+
+def test_a_benchmark_without_rows_is_told_at_the_end():
+    told = []
+    assert bench.run(bench.Benchmark(lambda options: {"ratio": 1.0}), bench.Options(), told.append) == {"ratio": 1.0}
+    assert told == []
+
+
+def test_benchmarks_of_the_cpu_are_refused_elsewhere():
+    for name, chosen in bench.BENCHMARKS.items():
+        assert bench.benchmark(name, torch.device("cpu")) is chosen
+        if not chosen.anywhere:
+            with pytest.raises(ValueError, match=f"{name} is measured on the CPU, not on meta"):
+                bench.benchmark(name, torch.device("meta"))

@@ -41,7 +41,8 @@ def write(model: nn.Module, out: str | Path, format: str, dtype: str | None = No
     default float16 for "packed", else float32. An earlier model folder at `out` is replaced, another folder is not.
 
     Raises:
-        ValueError: unknown format or dtype, a `batch` for a folder, a folder in the way that holds other things, or as `onnx`.
+        ValueError: unknown format or dtype, a `batch` for a folder, nothing to pack, a folder in the way that holds other
+            things, or as `onnx`.
         ImportError, OSError: as `onnx`.
     """
     if format not in FORMATS:
@@ -52,6 +53,8 @@ def write(model: nn.Module, out: str | Path, format: str, dtype: str | None = No
         return
     if batch is not None:
         raise ValueError(f"a fixed batch is for onnx; {format} folders take any")
+    if format == "packed" and not (layers.patterns(model) or any(map(packed.is_packed, model.modules()))):
+        raise ValueError("the model has no N:M sparse layer to pack; sparsify it first, or export it as diffusers")
     save = folders.save if format == "diffusers" else folders.save_packed
     save(model, out, weights)
 

@@ -1,12 +1,12 @@
 """The command line: `python -m sparsedm COMMAND --help`."""
 
+import sys
 import textwrap
 
-import torch
 import typer
 
 from . import artefacts, experiments, training
-from .common import Stopped
+from .options import Stopped
 
 LONGEST = 600  # letters of an error message
 
@@ -27,5 +27,6 @@ def main() -> None:
         typer.echo(f"error: {textwrap.shorten(str(error), LONGEST, placeholder=' ...')}", err=True)
         raise SystemExit(1) from error
     finally:
-        if torch.distributed.is_initialized():  # else its threads may abort the process at its end
+        torch = sys.modules.get("torch")  # --help does without
+        if torch and torch.distributed.is_initialized():  # else its threads may abort the process at its end
             torch.distributed.destroy_process_group()

@@ -5,13 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..checkpoints import folders
-from .common import Data, Device, Json, Model, Seed, Vae, autoencoder, bars, free, on, outcome, settings, show
-
-Sampler = Annotated[str, typer.Option(help="ddim, ddpm or dpm++.")]
-SampleSteps = Annotated[int, typer.Option(help="Sampling steps.")]
-Batch = Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")]
-Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; 0 is none.")]
+from .options import Batch, Data, Device, Guidance, Json, Model, Sampler, SampleSteps, Seed, Vae, free, settings
 
 
 def info(
@@ -21,9 +15,10 @@ def info(
     json: Json = False,
 ) -> None:
     """What a model is: layers, verified patterns, MACs, bytes. Example: python -m sparsedm info glyphs-uvit-2x4"""
-    from ..checkpoints import convert
+    from ..checkpoints import convert, folders
     from ..masking import layers
     from ..measure import reporting
+    from .common import outcome
 
     path = Path(model)
     if path.is_file() and (path.parent / folders.CONFIG).exists():  # a file of a model folder
@@ -61,49 +56,29 @@ def generate(
     json: Json = False,
 ) -> None:
     """Draw pictures. Example: python -m sparsedm generate glyphs-uvit-2x4 word.png --word SPARSE"""
-    import statistics
-
-    import torch
-
-    from .. import data, diffusion, plots
-    from ..data import latents
+    from .. import plots
+    from ..checkpoints import folders
     from ..masking import layers
-    from ..measure import evaluation
-    from ..models import denoisers
+    from ..measure import drawing
     from ..packing import packed
-    from ..support import processes
     from ..training import runlog
+    from .common import autoencoder, on, outcome, show
 
+    plots.check_file(out)
     loaded = folders.load(model).to(on(device))
     decoder = autoencoder(vae, loaded.device)
-    evaluation.check_decoder(loaded, decoder)
+    labels = drawing.labels(loaded, n, word, label)
     if pack and layers.patterns(loaded):
         packed.pack(loaded)
-    null = denoisers.null_label(loaded)
-    labels = data.word_labels(word) if word else None
-    n = n if labels is None else len(labels)
-    if labels is None and null is not None:
-        labels = torch.arange(n) % null if label is None else torch.full((n,), label)
-    starts, seconds, made = processes.share(range(0, n, batch_size)), [], {}
-    options = {"sampler": sampler, "steps": steps, "guidance": guidance}
-    with bars(json) as bar:
-        task = bar.add_task("sample", total=steps * len(starts), note="")
-        for first in starts:
-            count = min(batch_size, n - first)
-            options["generator"] = diffusion.step_generators(count, seed, first)
-            options["class_labels"] = None if labels is None else labels[first : first + count]
-            for state in diffusion.sample(loaded, diffusion.start_noise(loaded, count, seed, first), **options):
-                seconds.append(state.seconds)
-                bar.update(task, advance=1, note=f"{state.seconds * 1e3:.0f} ms")
-            made[first] = (latents.decode(decoder, state.sample) if decoder else state.sample).cpu()
-    made = processes.collect(made)
-    if not processes.is_main():
+    n, options = n if labels is None else len(labels), {"sampler": sampler, "steps": steps, "guidance": guidance}
+    states = drawing.draw(loaded, n, labels, batch_size=batch_size, seed=seed, vae=decoder, **options)
+    drawn = show("", states, json, "nothing is written")
+    if drawn is None:
         return
-    images = torch.cat([*made.values()])
-    plots.picture(images, columns=None if word else round(n**0.5), scale=runlog.scale(images)).save(out)
-    median = statistics.median(seconds) * 1e3
-    found = {"picture": str(out), "n": n, "ms_per_step": median}
-    outcome(found, json, f"{out} written: {n} pictures, {steps} steps of {median:.1f} ms (median)")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plots.picture(drawn.images, columns=None if word else round(n**0.5), scale=runlog.scale(drawn.images)).save(out)
+    found = {"picture": str(out), "n": n, "ms_per_step": drawn.seconds * 1e3}
+    outcome(found, json, f"{out} written: {n} pictures, {steps} steps of {drawn.seconds * 1e3:.1f} ms (median)")
 
 
 def evaluate(
@@ -127,20 +102,24 @@ def evaluate(
     """Score a model's pictures. Example: python -m sparsedm evaluate glyphs-uvit-2x4 scores --n 2048 --base glyphs-uvit"""
     import json as json_module
 
-    from ..experiments.recipes import Protocol
+    from ..checkpoints import folders
     from ..measure import evaluation
+    from ..measure.protocol import Protocol
     from ..support import processes
+    from .common import autoencoder, on, outcome, show
 
     protocol, others = Protocol(n, sampler, steps, guidance, seed, batch_size, precision), None
     loaded = folders.load(model).to(on(device))
     decoder = autoencoder(vae, loaded.device)
-    evaluation.check(n, data, inception)
+    evaluation.check(n, data, inception, reference)
     evaluation.check_model(loaded, data, base, inception)
     evaluation.check_decoder(loaded, decoder)
+    other = folders.load(base).to(loaded.device) if base else None
+    if other:
+        evaluation.check_base(loaded, other)
     with processes.claimed(out):
         images = show("model", evaluation.sample(loaded, out, protocol, dataset=data, vae=decoder), json)
-        if base:
-            other = folders.load(base).to(loaded.device)
+        if other:
             others = show("base", evaluation.sample(other, out / "base", protocol, dataset=data, vae=decoder), json)
     if not processes.is_main():
         return
@@ -158,11 +137,13 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16 (folders only); packed: float16, else float32.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="A fixed batch size, for onnx; otherwise it is dynamic.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="A fixed batch size, for onnx; otherwise it is dynamic.")] = None,
     json: Json = False,
 ) -> None:
     """Write a model for other programs. Example: python -m sparsedm export glyphs-unet-2x4 unet.onnx --format onnx"""
     from ..checkpoints import export as exporting
+    from ..checkpoints import folders
+    from .common import outcome
 
     exporting.write(folders.load(model), out, format, dtype, batch=batch)
     outcome({"model": str(out), "format": format}, json, f"{out} written, as {format}")
@@ -186,6 +167,8 @@ def convert(
 ) -> None:
     """Make a model folder of an official checkpoint. Example: python -m sparsedm convert nnet_ema.pth uvit --heads 4"""
     from ..checkpoints import convert as converting
+    from ..checkpoints import folders
+    from .common import outcome
 
     free(out)
     given = {

@@ -1,15 +1,16 @@
-"""What the commands share: options, progress bars, stopping."""
+"""What the commands share when they run: progress, stopping, devices, models, and the outcome."""
 
 import contextlib
+import datetime
 import json
 import os
 import signal
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -17,21 +18,10 @@ from torch import nn
 from ..checkpoints import folders
 from ..models import papers
 from ..support import processes
+from .options import Stopped
 
-Model = Annotated[str, typer.Argument(help="A bundled model's name or a model folder.")]
-Data = Annotated[str, typer.Option(help="glyphs, glyphs-rgb, digits, cifar10, celeba, lsun-..., folder:PATH or latents:PATH.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Another training setting, such as lr=1e-4 or optimizer=muon; may be repeated.")
-]
-Half = Annotated[str, typer.Option(help="Of the saved weights: float32, float16 or bfloat16.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; the fastest there is by default.")]
-Seed = Annotated[int, typer.Option(help="Of every random draw.")]
-Vae = Annotated[str, typer.Option(help="For models that make latents: the folder of the autoencoder (AutoencoderKL).")]
-Json = Annotated[bool, typer.Option("--json", help="Print the outcome as one line of JSON, and nothing else.")]
-
-
-class Stopped(Exception):
-    """A run that the user stopped; the message says how to go on."""
+EVERY = 30  # seconds between two lines where there is no terminal
+Tell = Callable[..., None]  # tell(title, done, total, note="", pictures=0): `pictures` are those that one of `total` stands for
 
 
 @contextlib.contextmanager
@@ -50,46 +40,82 @@ def stoppable() -> Iterator[list]:
         signal.signal(signal.SIGINT, before)
 
 
-def settings(given: list[str] | None) -> dict:
-    """{"lr": 0.1} of ["lr=0.1"]. Raises ValueError for something else."""
-    found = {}
-    for setting in given or ():
-        key, equals, text = setting.partition("=")
-        if not key or not equals:
-            raise ValueError(f"--set takes NAME=VALUE, not {setting!r}")
-        try:
-            found[key] = json.loads(text)
-        except json.JSONDecodeError:
-            found[key] = text
-    return found
+@contextlib.contextmanager
+def bars(quiet: bool = False) -> Iterator[Tell]:
+    """How far the main process is, on standard error: a bar for every title, or plain lines where there is no terminal."""
+    if quiet or not processes.is_main():
+        yield lambda *told, **more: None
+    elif sys.stderr.isatty():
+        with _bars() as tell:
+            yield tell
+    else:
+        lines = _Lines()
+        yield lines
+        lines.end()
 
 
-def bars(quiet: bool = False) -> Progress:
-    """Progress bars on standard error, of the main process."""
+@contextlib.contextmanager
+def _bars() -> Iterator[Tell]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    return Progress(*columns, console=Console(stderr=True), disable=quiet or not processes.is_main())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks = {}
+
+        def tell(title: str, done: int, total: int, note: str = "", pictures: float = 0) -> None:
+            if title not in tasks:
+                tasks[title] = bar.add_task(title, total=total, note="")
+            bar.update(tasks[title], completed=done, total=total, note=note)
+
+        yield tell
 
 
-def show(title: str, states: Iterator, quiet: bool = False):
-    """A bar for every stage of a generator of `Progress`; returns what the generator returns.
+class _Lines:
+    """Plain lines: the first and the last of every title, and one every `EVERY` seconds at most."""
+
+    def __init__(self):
+        self.title = self.line = self.printed = ""
+
+    def __call__(self, title: str, done: int, total: int, note: str = "", pictures: float = 0) -> None:
+        now, first = time.monotonic(), title != self.title
+        if first:
+            self.end()
+            self.title, self.began, self.before = title, now, done  # a resumed run does not begin at 0
+        self.line = ", ".join(filter(None, (f"{title}: {done} of {total}", note, *self._speed(now, done, total, pictures))))
+        if first or done == total or now - self.shown >= EVERY:
+            self.shown = now
+            self.end()
+
+    def _speed(self, now: float, done: int, total: int, pictures: float) -> Iterator[str]:
+        made, seconds = done - self.before, now - self.began
+        if made > 0 and seconds > 0:
+            if pictures:
+                yield f"{made * pictures / seconds:.3g} pictures/s"
+            yield f"{datetime.timedelta(seconds=round((total - done) * seconds / made))} left"
+
+    def end(self) -> None:
+        """Print the last line, if it is not printed yet."""
+        if self.line != self.printed:
+            print(self.line, file=sys.stderr, flush=True)
+            self.printed = self.line
+
+
+def show(title: str, states: Iterator, quiet: bool = False, remedy: str = "go on with the same command"):
+    """Show how far a generator of `Progress` is, by its stages; returns what the generator returns.
 
     Raises:
-        Stopped: by Ctrl-C, after a whole step; the generator is closed then.
+        Stopped: by Ctrl-C, after a whole step, with the `remedy`; the generator is closed then.
     """
     try:
         state = next(states)  # what is refused is refused before there is a bar
-        with stoppable() as pressed, bars(quiet) as bar:
-            tasks = {}
+        with stoppable() as pressed, bars(quiet) as tell:
             while not pressed:
-                if state.stage not in tasks:
-                    tasks[state.stage] = bar.add_task(f"{title}: {state.stage}", total=state.total, note="")
-                bar.update(tasks[state.stage], completed=state.done, note=state.note)
+                tell(": ".join(filter(None, (title, state.stage))), state.done, state.total, state.note, state.pictures)
                 state = next(states)
         states.close()
-        raise Stopped(f"stopped ({title}: {state.stage}, {state.done} of {state.total}); go on with the same command")
+        at = ": ".join(filter(None, (title, state.stage)))
+        raise Stopped(f"stopped ({at}, {state.done} of {state.total}); {remedy}")
     except StopIteration as end:
         return end.value
 
@@ -136,9 +162,3 @@ def outcome(found: dict, as_json: bool, text: str) -> None:
     """Print what came out, for programs or for people; only the main process does."""
     if processes.is_main():
         print(json.dumps(found) if as_json else text)
-
-
-def free(out: Path) -> None:
-    """Raise ValueError if something is at `out`."""
-    if out.exists():
-        raise ValueError(f"{out} is there already; choose another name or remove it")

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Json, Set, on, outcome, settings, show
+from ..support import files
+from ..support.fields import SEEDS
+from .options import Device, Json, Set, numbers, settings, words
 
 
 def reproduce(
@@ -21,8 +23,10 @@ def reproduce(
     out: Annotated[
         Path, typer.Option(help="Folder for checkpoints, pictures and results; a stopped run goes on from it.")
     ] = Path("runs"),
-    n: Annotated[int | None, typer.Option(help="Pictures to score instead of the recipe's number.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of training and pictures; by default all of the recipe's, in turn.")] = None,
+    n: Annotated[int | None, typer.Option(min=1, help="Pictures to score instead of the recipe's number.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=SEEDS, help="Of training and pictures; by default all of the recipe's, in turn.")
+    ] = None,
     bundle: Annotated[bool, typer.Option(help="Copy model, card and results into the package.")] = False,
     set_: Set = None,
     inception: Annotated[str | None, typer.Option(help="Inception's weights, for FID on sets other than the glyphs.")] = None,
@@ -32,7 +36,9 @@ def reproduce(
     json: Json = False,
 ) -> None:
     """Train, save and score experiments. Example: python -m sparsedm reproduce glyphs-uvit-2x4"""
-    from sparsedm.experiments import experiment, recipes
+    from ..experiments import experiment, recipes
+    from ..training.checkpoint import TrainConfig
+    from .common import on, outcome, show
 
     if name == "list":
         known = {each: f"{found.suite}: {found.title}" for each, found in recipes.RECIPES.items()}
@@ -45,6 +51,9 @@ def reproduce(
     chosen = [recipe for recipe in pool if all or fnmatchcase(recipe, name)] or [name]
     runs = [(number, recipe) for recipe in chosen for number in (recipes.seeds(recipe) if seed is None else (seed,))]
     results, options = {}, settings(set_)
+    if "seed" in options:
+        raise ValueError("--set takes no seed here; use --seed")
+    TrainConfig.of({"steps": 1, **options})
     on(device)
     for number, recipe in sorted(runs, key=lambda run: run[0]):
         run, protocol = recipes.run_name(recipe, number), recipes.protocol(recipe, n)
@@ -62,7 +71,8 @@ def compare(
     json: Json = False,
 ) -> None:
     """Print the stored results as tables and draw them. Example: python -m sparsedm compare --figures figures"""
-    from sparsedm.experiments import claims, results
+    from ..experiments import claims, results
+    from .common import outcome
 
     tables = {"summary": results.summary_table, "headline": results.headline_table, "claims": claims.table}
     tables |= {base: functools.partial(results.short_table, base) for base in results.bases()}
@@ -75,7 +85,7 @@ def compare(
     else:
         print("\n\n".join(tables[name]() for name in chosen))
     if figures:
-        from sparsedm.experiments.figures import draw
+        from ..experiments.figures import draw
 
         for base in results.bases():
             for path in draw(base, figures, runs if runs.is_dir() else None):
@@ -85,7 +95,7 @@ def compare(
 
 def _runs(table: str) -> list[dict]:
     """The stored runs of "headline", or of one teacher: its short ones, or those of the papers' size."""
-    from sparsedm.experiments import results
+    from ..experiments import results
 
     suite = "short" if table in results.bases() else "paper"
     rows = results.load("headline") if table in ("summary", "headline") else results.load(suite, table)
@@ -94,7 +104,7 @@ def _runs(table: str) -> list[dict]:
 
 def _verdicts() -> dict[str, list[dict]]:
     """The verdicts on all claims, by teacher."""
-    from sparsedm.experiments import claims, results
+    from ..experiments import claims, results
 
     found = {base: zip(claims.CLAIMS, claims.verdicts(base)) for base in results.bases()}
     return {
@@ -129,42 +139,29 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure this machine: what packing gains, what masks cost. Example: python -m sparsedm bench --what layers"""
-    from sparsedm.experiments import results, timing
-    from sparsedm.measure import shares, speed
-    from sparsedm.measure import training_cost as training
+    counts, sizes = numbers("--threads", threads), numbers("--batches", batches)
+    kinds = words("--dtypes", dtypes, ("float32", "bfloat16", "float16"))
+    if output and output.suffix == ".png":
+        raise ValueError(f"{output} is where the figure would be drawn; name a JSON file")
+    if output:
+        files.check_writable(output)
+
+    from ..experiments import bench as benches
+    from .common import on, outcome
 
     place = on(device)
-    kinds = (dtypes or ("float32" if place.type == "cpu" else "bfloat16")).split(",")
-    names, counts = models.split(","), [int(n) for n in threads.split(",") if n]
-    if what == "layers":
-        rows = speed.measure_layers(kinds, counts, device=place)
-    elif what == "step":
-        rows = speed.measure_steps(names, [int(n) for n in batches.split(",")], kinds, counts, compile, device=place)
-    elif what == "methods":
-        made = [name for name in results.timed_recipes() if (runs / name / "model").is_dir()]
-        rows = timing.measure_methods(runs, made, dtypes=kinds, threads=counts, device=place)
-    elif what in ("shares", "train-step") and place.type != "cpu":
-        raise ValueError(f"{what} is measured on the CPU, not on {place}; leave out --device")
-    elif what == "shares":
-        rows = shares.measure(names, dtypes=kinds, threads=counts)
-    elif what == "train-step":
-        rows = None
-        result = training.train_step()
-    else:
-        raise ValueError(f"unknown benchmark {what!r}; known: step, layers, methods, shares, train-step")
-    if rows is not None:
-        result = {**speed.machine(place), "rows": []}
-        for row in rows:
-            result["rows"].append(row)
-            if not json:
-                print((shares if what == "shares" else speed).line(row), flush=True)
+    chosen = benches.benchmark(what, place)
+    kinds = kinds or ["float32" if place.type == "cpu" else "bfloat16"]
+    options = benches.Options(models.split(","), sizes, kinds, counts, place, compile, runs)
+    result = benches.run(chosen, options, (lambda line: None) if json else functools.partial(print, flush=True))
     text = json_module.dumps(result, indent=1)
-    if json or rows is None:
+    if json or not chosen.line:
         outcome(result, json, text)
     if output:
-        output.write_text(text + "\n")
-        if rows is not None and what != "shares":
-            from sparsedm import plots
+        with files.replacing(output) as temporary:
+            temporary.write_text(text + "\n")
+        if chosen.drawn:
+            from .. import plots
 
             plots.speed(result).savefig(output.with_suffix(".png"), dpi=150)
 

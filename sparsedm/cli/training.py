@@ -1,18 +1,32 @@
 """Commands that train or change a model: train, finetune, sparsify, prune."""
 
 import copy
+import dataclasses
 import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..checkpoints import folders
-from .common import Data, Device, Half, Json, Model, Seed, bars, free, load_or_build, on, outcome
-from .job import Job, with_job
+from .options import Data, Device, Globs, Half, JobOptions, Json, Model, Pattern, Seed, free
 
-Pattern = Annotated[str, typer.Option(help="N:M, such as 2:4.")]
-Globs = Annotated[list[str] | None, typer.Option(help="Layers to leave dense, such as 'mid_block.*'; may be repeated.")]
+
+def with_job(command: Callable) -> Callable:
+    """`command` for typer: its parameter `job` replaced by the fields of `JobOptions`."""
+
+    @functools.wraps(command)
+    def run(**given):
+        from .job import Job
+
+        job = Job(**{field.name: given.pop(field.name) for field in dataclasses.fields(JobOptions)})
+        return command(job=job, **given)
+
+    own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "job"]
+    parameters = [*own, *inspect.signature(JobOptions).parameters.values()]
+    run.__signature__ = inspect.Signature(sorted(parameters, key=lambda parameter: parameter.default is not parameter.empty))
+    return run
 
 
 @with_job
@@ -20,10 +34,11 @@ def train(
     model: Annotated[
         str, typer.Argument(help="A bundled model's name, a model folder, or a paper's configuration (fresh weights).")
     ],
-    job: Job,
+    job: JobOptions,
 ) -> None:
     """Train a dense or a pruned model. Example: python -m sparsedm train ddpm-cifar10 out --data folder:pictures"""
     from ..training import distill
+    from .common import load_or_build
 
     job.run(distill.train, load_or_build(model, job.seed), model=model)
 
@@ -31,13 +46,14 @@ def train(
 @with_job
 def finetune(
     teacher: Model,
-    job: Job,
+    job: JobOptions,
     pattern: Pattern = "2:4",
     student: Annotated[str, typer.Option(help="A model to start from instead of the teacher: a pruned one, say.")] = "",
-    decay: Annotated[float, typer.Option(help="Lambda of SR-STE; 0 is plain STE.")] = 2e-4,
+    decay: Annotated[float, typer.Option(min=0, max=1, help="Lambda of SR-STE; 0 is plain STE.")] = 2e-4,
     exclude: Globs = None,
 ) -> None:
     """Make a sparse student of a dense teacher (SparseDM). Example: python -m sparsedm finetune glyphs-unet out --steps 2000"""
+    from ..checkpoints import folders
     from ..masking import layers
     from ..training import distill
 
@@ -58,8 +74,10 @@ def sparsify(
     json: Json = False,
 ) -> None:
     """Mask a model's weights N:M in one shot, without training. Example: python -m sparsedm sparsify glyphs-unet out"""
+    from ..checkpoints import folders
     from ..masking import layers
     from ..measure import reporting
+    from .common import outcome
 
     free(out)
     weights = folders.dtype_of(dtype)
@@ -76,14 +94,18 @@ def sparsify(
 def prune(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
-    ratio: Annotated[float, typer.Option(help="Share of the channels that go.")] = 0.3,
+    ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of the channels that go.")] = 0.3,
     score: Annotated[str, typer.Option(help="squared or absolute (Diff-Pruning), magnitude, random.")] = "squared",
     threshold: Annotated[
-        float, typer.Option(help="Timesteps count until the loss falls below this share of its maximum.")
+        float,
+        typer.Option(min=0, max=1, help="Timesteps count until the loss falls below this share of its maximum."),
     ] = 0.05,
-    round_to: Annotated[int, typer.Option(help="Channels kept are rounded up to a multiple; 4 allows 2:4 afterwards.")] = 4,
+    round_to: Annotated[
+        int,
+        typer.Option(min=1, max=1024, help="Channels kept are rounded up to a multiple; 4 allows 2:4 afterwards."),
+    ] = 4,
     data: Data = "glyphs",
-    n: Annotated[int, typer.Option(help="Pictures for the scores.")] = 128,
+    n: Annotated[int, typer.Option(min=1, help="Pictures for the scores.")] = 128,
     dtype: Half = "float16",
     device: Device = "",
     seed: Seed = 0,
@@ -91,21 +113,25 @@ def prune(
 ) -> None:
     """Remove channels (Diff-Pruning); go on with train. Example: python -m sparsedm prune glyphs-unet out --ratio 0.35"""
     from .. import data as data_module
+    from ..checkpoints import folders
     from ..measure import macs
+    from ..measure.evaluation import Progress
     from ..models import denoisers
     from ..pruning import diffpruning
+    from .common import on, outcome, show
 
     free(out)
     weights = folders.dtype_of(dtype)
     whole = folders.load(model).to(on(device))
+    diffpruning.check(whole, ratio, score, round_to)
     if score in ("squared", "absolute"):
         images, labels = data_module.stack(data_module.load(data, size=denoisers.picture_size(whole)), n)
-        with bars(json) as bar:
-            task = None
-            for state in diffpruning.importance(whole, images, labels, threshold=threshold, seed=seed):
-                task = bar.add_task("importance", total=state.timesteps, note="") if task is None else task
-                seen = state.timestep + 1
-                bar.update(task, completed=seen, total=None if state.used else seen, note=f"loss {state.loss:.2f}")
+        states = diffpruning.importance(whole, images, labels, threshold=threshold, seed=seed)
+        told = (
+            Progress("importance", s.timestep + 1, s.timesteps if s.used else s.timestep + 1, f"loss {s.loss:.2f}")
+            for s in states
+        )
+        show("", told, json, "nothing is written")
     small = diffpruning.prune(whole, ratio, score=score, round_to=round_to, seed=seed)
     folders.save(small, out, weights)
     share = macs.count(small).dense / macs.count(whole).dense

@@ -1,6 +1,7 @@
 """Sampling, step by step, with diffusers' schedulers."""
 
 import inspect
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -89,6 +90,8 @@ def sample(
     denoisers.require(model, ("class_labels", *(conditioning or {})), "pass it in conditioning={...}")
     scheduler = make_scheduler(sampler, model) if isinstance(sampler, str) else sampler
     _set_timesteps(scheduler, steps)
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance must be a finite number of at least 0, not {guidance}")
     null = null_label(model)
     if null is not None and class_labels is not None and not 0 <= int(class_labels.min()) <= int(class_labels.max()) <= null:
         raise ValueError(f"the classes of this model are 0 to {null - 1}, and {null} for none")

@@ -149,7 +149,7 @@ def _make(chosen: Recipe, out: Path, folder: Path, settings: dict, seed: int) ->
             if state.step in chosen.watch:
                 _save(state.ema_model(), _at(folder, state.step))
             if processes.is_main() and (line := log.add(state)):
-                yield Progress("train", state.step, state.steps, f"loss {line['loss']:.4f}")
+                yield Progress("train", state.step, state.steps, f"loss {line['loss']:.4f}", settings["batch_size"])
     return layers.fold(model)
 
 

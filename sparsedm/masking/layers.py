@@ -6,6 +6,7 @@ weight in every forward and never stored.
 """
 
 import copy
+import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -152,8 +153,10 @@ def sparsify(
     overrides = {glob: NMPattern.parse(p) for glob, p in (overrides or {}).items()}
     if decay_mode not in DECAY_MODES:
         raise ValueError(f"decay_mode {decay_mode!r} is none of {', '.join(DECAY_MODES)}")
-    if decay < 0:
+    if not 0 <= decay < math.inf:
         raise ValueError(f"decay must not be negative, it is {decay}")
+    if pattern.n == pattern.m:
+        raise ValueError(f"pattern {pattern} keeps every weight; take N < M, such as 2:4")
     excluded = default_rule(model) if exclude is None else by_globs(exclude)
     layers = dict(weight_layers(model))
     _check_globs([*include, *overrides, *(exclude or ())], layers)

@@ -28,12 +28,13 @@ CHUNK = 500  # pictures sampled between two saves, or more: whole batches, and o
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` in a stage, and a line to show."""
+    """`done` of `total` in a stage, and a line to show; each of `total` stands for so many `pictures`."""
 
     stage: str
     done: int
     total: int
     note: str = ""
+    pictures: float = 0
 
 
 def sample(
@@ -60,7 +61,7 @@ def sample(
             end = min(start + protocol.batch_size, protocol.n)
             batch = _draw(model, protocol, start, end, asked(start, end))
             made[start] = data.to_uint8(batch if vae is None else latents.decode(vae, batch)).cpu()
-            yield Progress(stage, min(end + (at_once - 1) * protocol.batch_size, protocol.n), protocol.n)
+            yield Progress(stage, min(end + (at_once - 1) * protocol.batch_size, protocol.n), protocol.n, pictures=1)
         if collected := processes.collect(made):
             parts.append(torch.cat(list(collected.values())))
             _save(parts[-1], _parts(path) / f"{batches[first]:08d}.safetensors", settings)
@@ -137,8 +138,13 @@ def labels(model: nn.Module, n: int) -> torch.Tensor | None:
     return None if null is None else torch.arange(n) % null
 
 
-def check(n: int, dataset: str, inception: str | None = None) -> None:
-    """Raise ValueError if `score` would find n pictures too few: for before they are drawn."""
+def check(n: int, dataset: str, inception: str | None = None, reference: str = "") -> None:
+    """Raise ValueError if `score` would find n pictures too few, or OSError or ValueError if there is no `reference`.
+
+    For before they are drawn.
+    """
+    if reference:
+        data.load(reference)
     if dataset.startswith("glyphs") or inception:
         metrics.require("a Fréchet distance", n, metrics.MIN_SAMPLES["fd"])
 
@@ -159,6 +165,13 @@ def check_model(model: nn.Module, dataset: str, base: str, inception: str | None
             raise ValueError(f"{dataset} are pictures of shape {list(expected)}, and those of {name} are not; name its own data")
     elif not (base or inception):
         raise ValueError(f"{dataset} is scored with Inception's weights (FID) or against a base (SSIM); name one")
+
+
+def check_base(model: nn.Module, base: nn.Module) -> None:
+    """Raise ValueError if the pictures of `base` cannot be compared with the model's: for before they are drawn."""
+    made, expected = (list(denoisers.of(each).shape(each)) for each in (base, model))
+    if made != expected:
+        raise ValueError(f"the base makes pictures of shape {made}, the model of {expected}; take a base of the same shape")
 
 
 def score(

@@ -1,6 +1,11 @@
 """How a model is scored, as data."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+from ..diffusion import SAMPLERS
+from ..support import fields
+from ..support.fields import Count, NonNegative, Seed
 
 
 @dataclass(frozen=True)
@@ -10,14 +15,13 @@ class Protocol:
     `precision` "bf16" runs the model under autocast, several times faster on CPUs that have the instructions; "fp32" does not.
     """
 
-    n: int = 10_000
-    sampler: str = "ddim"
-    steps: int = 50
-    guidance: float = 0.0
-    seed: int = 1234
-    batch_size: int = 250
-    precision: str = "bf16"
+    n: Count = 10_000
+    sampler: Literal[tuple(SAMPLERS)] = "ddim"
+    steps: Count = 50
+    guidance: NonNegative = 0.0
+    seed: Seed = 1234
+    batch_size: Count = 250
+    precision: Literal["bf16", "fp32"] = "bf16"
 
     def __post_init__(self):
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision is 'bf16' or 'fp32', not {self.precision!r}")
+        fields.check(self)

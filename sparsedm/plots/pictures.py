@@ -1,12 +1,27 @@
 """Pictures that models made, as images and in rows."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageColor
 
+from ..support import files
 from .base import INK, PAPER, figure
+
+
+def check_file(path: str | Path) -> None:
+    """For before the picture is drawn that `path` is to hold.
+
+    Raises:
+        ValueError: pictures of this suffix cannot be written.
+        OSError: nothing can be written there.
+    """
+    suffix, formats = Path(path).suffix.lower(), Image.registered_extensions()
+    if formats.get(suffix) not in Image.SAVE:
+        raise ValueError(f"{path} does not end as a picture does, such as .png or .jpg")
+    files.check_writable(path)
 
 
 def picture(

@@ -90,8 +90,7 @@ def scores(model: nn.Module, group: Group, kind: str = "squared", generator: tor
     Raises:
         ValueError: an unknown kind, or no gradients (run `importance` first).
     """
-    if kind not in SCORES:
-        raise ValueError(f"unknown score {kind!r}; known: {', '.join(SCORES)}")
+    _check_score(kind)
     if kind == "random":
         return torch.rand(group.channels, generator=generator)
     total, counted = torch.zeros(group.channels), 0
@@ -116,6 +115,24 @@ def scores(model: nn.Module, group: Group, kind: str = "squared", generator: tor
     return total / counted if kind == "magnitude" else total
 
 
+def _check_score(kind: str) -> None:
+    if kind not in SCORES:
+        raise ValueError(f"unknown score {kind!r}; known: {', '.join(SCORES)}")
+
+
+def check(model: nn.Module, ratio: float, score: str = "squared", round_to: int = 1) -> None:
+    """Raise ValueError for what `prune` would refuse: for before the gradients of `importance` are computed."""
+    _check_score(score)
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio {ratio} is not between 0 and 1")
+    if round_to < 1:
+        raise ValueError(f"round_to {round_to} is not a positive number of channels")
+    if getattr(getattr(model, "config", None), "pruning", None):
+        raise ValueError("the model is pruned already; prune the original with a higher ratio")
+    if any(layers.nm_layers(model)) or any(map(is_packed, model.modules())):
+        raise ValueError("the model is in sparse training or packed; prune the dense one, and sparsify what is left")
+
+
 def prune(
     model: nn.Module,
     ratio: float,
@@ -135,20 +152,15 @@ def prune(
         inputs: of one call, for models whose config does not tell their shapes.
 
     Raises:
-        ValueError: a ratio that leaves nothing of a layer (named), a model that cannot be traced or does not run without the
-            channels, a score without gradients, or a model that is pruned already, in sparse training or packed.
+        ValueError: a ratio that leaves nothing of a layer (named) or removes nothing, a model that cannot be traced or does not
+            run without the channels, a score without gradients, or a model that is pruned already, in sparse training or packed.
     """
-    if not 0 < ratio < 1:
-        raise ValueError(f"ratio {ratio} is not between 0 and 1")
-    if round_to < 1:
-        raise ValueError(f"round_to {round_to} is not a positive number of channels")
-    if getattr(getattr(model, "config", None), "pruning", None):
-        raise ValueError("the model is pruned already; prune the original with a higher ratio")
-    if any(layers.nm_layers(model)) or any(map(is_packed, model.modules())):
-        raise ValueError("the model is in sparse training or packed; prune the dense one, and sparsify what is left")
+    check(model, ratio, score, round_to)
     found = structure.groups(model, inputs or dryrun.example_inputs(model))
     generator = torch.Generator().manual_seed(seed)
     kept = [(group, structure.keep(group, scores(model, group, score, generator), ratio, round_to)) for group in found]
+    if all(len(channels) == group.channels for group, channels in kept):
+        raise ValueError(f"ratio {ratio} with round_to {round_to} removes nothing; take a higher ratio or a lower round_to")
     record = structure.record(model, kept)
     pruned = copy.deepcopy(model)
     pruned.zero_grad()

@@ -6,11 +6,9 @@ torch-fidelity) stops at "operator torchvision::nms does not exist". Nothing her
 schemas is enough. On a matched pair the plain import works and nothing is declared: a second declaration would be an error.
 """
 
-import importlib
-import importlib.util
 import sys
-
-import torch
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
 
 _SCHEMAS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -19,24 +17,47 @@ _SCHEMAS = {
 _libraries = []  # a torch.library.Library undoes its definitions when it is collected
 
 
-def repair_torchvision() -> bool:
-    """Import torchvision, declaring its missing operators if the plain import fails for want of them.
+def repair_torchvision_on_import() -> None:
+    """From now on the first `import torchvision` declares its missing operators, if it fails for want of them.
 
-    Returns True when the declaration was needed. A torchvision that is absent, or broken in another way, is left alone.
+    This imports neither torch nor torchvision. A torchvision that is imported already, is absent, or is broken in another way
+    is left alone.
     """
-    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
-        return False
-    try:
-        importlib.import_module("torchvision")
-        return False
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-    for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-        del sys.modules[name]  # half imported
+    if _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
+
+
+class _Finder:
+    """Finds torchvision where Python finds it, and nothing else."""
+
+    @staticmethod
+    def find_spec(fullname: str, path=None, target=None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == "torchvision" else None
+        if spec and type(spec.loader) is SourceFileLoader:
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class _Loader(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        fresh = dict(vars(module))
+        try:
+            super().exec_module(module)
+        except RuntimeError as error:
+            if "torchvision::" not in str(error):
+                raise
+            for name in [name for name in sys.modules if name.startswith("torchvision.")]:
+                del sys.modules[name]  # half imported
+            vars(module).clear()
+            vars(module).update(fresh)
+            _declare()
+            super().exec_module(module)
+
+
+def _declare() -> None:
+    import torch
+
     library = torch.library.Library("torchvision", "DEF")
     for name, schema in _SCHEMAS.items():
         library.define(name + schema)
     _libraries.append(library)
-    importlib.import_module("torchvision")
-    return True

@@ -33,6 +33,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise OSError unless a file could be written at `path`: for before the work whose outcome it is to hold."""
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file")
+    there = next(folder for folder in path.parents if folder.exists())  # `replacing` makes the folders below
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is no folder; name another place for {path.name}")
+    if not os.access(path if path.exists() else there, os.W_OK):
+        raise PermissionError(f"{path} may not be written; choose another place")
+
+
 @contextlib.contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """As `replacing`, for a whole folder: an existing folder stays until the new one is complete."""

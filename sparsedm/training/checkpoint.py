@@ -4,19 +4,23 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ..masking import layers
+from ..masking import layers, nm
 from ..masking.dense import default_rule
+from ..support import fields
+from ..support.fields import Count, NonNegative, Range, Seed, Share
 from ..support.files import replacing
 
 CHECKPOINT = "checkpoint.pt"
 OPTIMIZERS = ("adamw", "muon")
+LR_SCHEDULES = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)  # it needs rules
 _FREE = ("accumulate", "gradient_checkpointing", "compile", "checkpoint_every", "workers")  # the weights do not follow from them
 
 
@@ -27,8 +31,10 @@ class TrainConfig:
     Attributes:
         batch_size: pictures per step, over all processes.
         optimizer: "adamw", or "muon" (torch.optim.Muon on the hidden linear weights, AdamW on the rest).
-        lr, betas, weight_decay: of either. lr_schedule: diffusers' name ("constant_with_warmup" is the papers', "cosine").
-        warmup: steps of linear warm-up. clip: largest gradient norm, 0 for none.
+        lr, betas, weight_decay: of either optimiser.
+        lr_schedule: diffusers' name ("constant_with_warmup" is the papers', "cosine").
+        warmup: steps of linear warm-up.
+        clip: largest gradient norm, 0 for none.
         ema_decay: the decay d of the moving average (EMA) of the dense master weights. After s steps it is diffusers' ramp
             min(d, (1 + s) / (10 + s)), and 0 at the first step, not the constant d of the official codes: 0.999 is reached
             after 8,990 steps, 0.9999 after 89,990.
@@ -36,48 +42,51 @@ class TrainConfig:
         flip: mirror half of the pictures.
         noise_weight, teacher_weight: of the two terms of the loss (SparseDM 3.3: 1 and 0.1).
         pattern_schedule: ((step, "31:32"), ...): from that step on the student's pattern, same weights and optimiser.
+        seed: of all random draws, 0 to 2**32 - 1.
+        mixed_precision: "no", "fp16" or "bf16".
         accumulate: parts in which each process takes its share of a batch, one after the other, to save memory.
-        gradient_checkpointing: compute activations twice instead of keeping them; compile: torch.compile the model.
-        checkpoint_every: steps between checkpoints; workers: of the data loader. These and the line above may change between
-            resumes.
+        gradient_checkpointing: compute activations twice instead of keeping them.
+        compile: torch.compile the model.
+        checkpoint_every: steps between checkpoints.
+        workers: of the data loader.
+
+    A resumed run may change the last five. Values of another type, not finite or out of range are ValueErrors.
     """
 
-    steps: int
-    batch_size: int = 64
-    optimizer: str = "adamw"
-    lr: float = 2e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    lr_schedule: str = "constant_with_warmup"
-    warmup: int = 0
-    clip: float = 1.0
-    ema_decay: float = 0.999
-    p_uncond: float = 0.1
+    steps: Count
+    batch_size: Count = 64
+    optimizer: Literal[OPTIMIZERS] = "adamw"
+    lr: NonNegative = 2e-4
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    weight_decay: NonNegative = 0.0
+    lr_schedule: Literal[LR_SCHEDULES] = "constant_with_warmup"
+    warmup: Annotated[int, Range(0)] = 0
+    clip: NonNegative = 1.0
+    ema_decay: Share = 0.999
+    p_uncond: Share = 0.1
     flip: bool = False
-    noise_weight: float = 1.0
-    teacher_weight: float = 0.1
-    pattern_schedule: tuple[tuple[int, str], ...] = ()
-    seed: int = 0
-    mixed_precision: str = "no"
-    accumulate: int = 1
+    noise_weight: NonNegative = 1.0
+    teacher_weight: NonNegative = 0.1
+    pattern_schedule: tuple[tuple[Annotated[int, Range(0)], str], ...] = ()
+    seed: Seed = 0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    accumulate: Count = 1
     gradient_checkpointing: bool = False
     compile: bool = False
-    checkpoint_every: int = 500
-    workers: int = 0
+    checkpoint_every: Count = 500
+    workers: Annotated[int, Range(0)] = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, it is {getattr(self, name)}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+        fields.check(self)
         starts = [step for step, _ in self.pattern_schedule]
         if starts != sorted(set(starts)):
             raise ValueError(f"pattern_schedule steps must increase, they are {starts}")
+        for _, pattern in self.pattern_schedule:
+            nm.NMPattern.parse(pattern)
 
     @classmethod
     def of(cls, options: dict) -> "TrainConfig":
-        """Settings by name. Raises ValueError for a name that is none, with the known ones."""
+        """Settings by name. Raises ValueError for a name that is none, with the known ones, or a value that none can have."""
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(options) - set(known)):
             raise ValueError(f"unknown training setting {unknown[0]!r}; known: {', '.join(known)}")
