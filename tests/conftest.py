@@ -75,7 +75,7 @@ def url(tmp_path_factory):
 
     os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
     demo = page.build()
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **page.LOOK)
+    url = page.launch(demo, prevent_thread_lock=True, quiet=True)
     yield url
     demo.close()
     del os.environ["GRADIO_TEMP_DIR"]
