@@ -79,7 +79,7 @@ class Visit:
 
     def check(self) -> None:
         """Raises ConnectionAbortedError once nobody waits for the results: page closed, order cancelled, or never listened to."""
-        if self._queue and not self._awaited(self._queue):
+        if self._queue is not None and not self._awaited(self._queue):  # an empty queue is false
             raise ConnectionAbortedError(f"nobody listens: open the stream of results within {PATIENCE:g} seconds of the order")
 
     def _awaited(self, queue: Queue) -> bool:
