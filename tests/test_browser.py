@@ -81,7 +81,7 @@ def test_a_word_is_typed_and_both_sides_move(open_page):
 def test_one_order_too_many_is_refused_with_words(open_page, monkeypatch):
     sheet = open_page(errors=["429"])
     monkeypatch.setattr(visitors, "MOST", 0)
-    sheet.get_by_role("button", name="Draw").click()
+    sheet.get_by_role("button", name="Draw", exact=True).click()
     sheet.get_by_text("orders waiting").wait_for(timeout=WAIT)
 
 
@@ -134,6 +134,8 @@ def test_every_tab_fits_the_screen(open_page, tmp_path, width, theme):
     folder.mkdir(parents=True, exist_ok=True)
     for tab in TABS:
         show(sheet, tab)
+        if tab == "Masks":
+            sheet.get_by_text("2:4 keeps").wait_for(timeout=WAIT)
         sheet.wait_for_timeout(1500)
         assert sheet.evaluate("document.documentElement.scrollWidth") <= width
         sheet.screenshot(path=folder / f"{tab.replace(' ', '-').lower()}-{width}-{theme}.png", full_page=True)

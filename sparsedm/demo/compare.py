@@ -222,7 +222,7 @@ def offer_generate(catalogue: Catalogue, job: dict) -> None:
         guidance: float = 0,
         kind: str = "word",
     ) -> tuple[dict, dict]:
-        """Draw with one model: the picture, and what it took."""
+        """Draw with one model. Returns the picture's file and, as numbers, what it took."""
         try:
             [(order, lane)] = turns.short(_drawn(catalogue, text, model, model, seed, steps, sampler, guidance, kind))
         except (ValueError, OSError) as error:
