@@ -52,7 +52,7 @@ def film(sheet: Page) -> list[tuple[Image.Image, int]]:
 
 def main() -> None:
     demo = page.build()
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **page.LOOK)
+    url = page.launch(demo, prevent_thread_lock=True, quiet=True)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         sheet = browser.new_page(viewport=SIZE)

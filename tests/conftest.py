@@ -69,13 +69,19 @@ def glyphs():
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    """Where the demo is served."""
+def served(tmp_path_factory):
+    """The demo, and where it is served."""
     from sparsedm.demo import page
 
     os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
     demo = page.build()
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **page.LOOK)
-    yield url
+    url = page.launch(demo, prevent_thread_lock=True, quiet=True)
+    yield demo, url
     demo.close()
     del os.environ["GRADIO_TEMP_DIR"]
+
+
+@pytest.fixture(scope="module")
+def url(served):
+    """Where the demo is served."""
+    return served[1]

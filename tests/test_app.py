@@ -1,22 +1,25 @@
 """The demo as a script meets it: its command line and its endpoints."""
 
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import gradio_client
+import httpx
 import pytest
 from PIL import Image
 
 import app
+from sparsedm.demo import page, tune, visitors
 
-ORDER = {
-    "text": "A7", "left": "glyphs-unet", "right": "glyphs-unet-2x4", "seed": 0, "steps": 3, "sampler": "ddim", "guidance": 0,
-    "kind": "word",
-}  # fmt: skip
+ORDER = dict(text="A7", left="glyphs-unet", right="glyphs-unet-2x4", seed=0, steps=3, sampler="ddim", guidance=0, kind="word")
+TRAINING = ("glyphs-unet", "2:4", 0, 0.1, 400, "A")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,18 @@ def test_a_folder_without_a_model_ends_the_program_with_one_line(tmp_path):
     found = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert found.returncode == 1
     assert found.stderr.startswith("error: ") and str(tmp_path) in found.stderr and found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("port", "message"), [("70000", "no port 70000.*1 to 65535"), ("0", "no port 0"), (None, "in use.*--port")]
+)
+def test_a_port_that_cannot_be_had_ends_the_program_with_one_line(monkeypatch, port, message):
+    monkeypatch.setattr(page, "build", lambda *_: pytest.fail("checked too late"))
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        monkeypatch.setattr(sys, "argv", ["app.py", "--port", port or str(busy.getsockname()[1])])
+        with pytest.raises(SystemExit, match=f"(?i)error: .*{message}") as ended:
+            app.main()
+    assert "\n" not in str(ended.value)
 
 
 def test_compare_end_to_end(client):
@@ -122,6 +137,102 @@ def test_many_clients_get_what_each_ordered(url):
         guest.join(timeout=120)
     assert set(read) == set(words)
     assert sum(a == b for word in words for a, b in zip(word, read[word])) >= 14  # of 16: the classifier may err, mixing may not
+
+
+@pytest.fixture(scope="module")
+def join(url):
+    """`join(endpoint, values)`: order as a page that does not listen yet; returns its session and the answer."""
+    found = httpx.get(f"{url}config", timeout=60).json()["dependencies"]
+    indices = {dependency["api_name"]: dependency["id"] for dependency in found}
+
+    def send(name: str, values) -> tuple[str, httpx.Response]:
+        session = uuid.uuid4().hex
+        order = {"data": list(values), "fn_index": indices[name], "session_hash": session}
+        return session, httpx.post(f"{url}gradio_api/queue/join", json=order, timeout=60)
+
+    return send
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The training steps that were taken so far, each of a fifth of a second at least."""
+    finetune, steps = tune.distill.finetune, []
+
+    def slowly(*args, **options):
+        for state in finetune(*args, **options):
+            time.sleep(0.2)
+            steps.append(state.step)
+            yield state
+
+    monkeypatch.setattr(tune.distill, "finetune", slowly)
+    monkeypatch.setattr(tune, "BATCH", 4)
+    return steps
+
+
+def until(true, seconds: float = 30) -> bool:
+    """Whether it becomes true in this time."""
+    end = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return bool(found)
+
+
+def test_no_work_is_done_outside_the_queue(url):
+    orders = {"compare": ORDER.values(), "generate": ("A",), "finetune": TRAINING, "explore": ("glyphs-unet", "conv_in", 1, 1)}
+    for name, values in orders.items():
+        for route in ("run", "api"):
+            answer = httpx.post(f"{url}gradio_api/{route}/{name}", json={"data": list(values)}, timeout=60)
+            assert answer.status_code == 404 and "queue" in answer.text
+
+
+def test_training_stops_within_a_step_when_the_page_is_closed(url, join, taken):
+    session, _ = join("finetune", TRAINING)
+    with httpx.stream("GET", f"{url}gradio_api/queue/data", params={"session_hash": session}, timeout=60) as stream:
+        next(line for line in stream.iter_lines() if "process_generating" in line)
+        assert until(lambda: taken)
+    before = len(taken)
+    assert until(lambda: not tune._stops)
+    assert len(taken) - before <= 2 and before + 2 < tune.EVERY
+
+
+def test_training_stops_when_nobody_ever_listens(join, taken, monkeypatch):
+    monkeypatch.setattr(visitors, "PATIENCE", 1.0)
+    join("finetune", TRAINING)
+    assert until(lambda: tune._stops)
+    assert until(lambda: not tune._stops)
+    assert len(taken) < 2 * tune.EVERY
+
+
+def test_one_visitor_s_orders_are_bounded_and_those_without_a_listener_do_not_block(join, client, taken, monkeypatch):
+    monkeypatch.setattr(visitors, "PATIENCE", 60.0)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: join("finetune", TRAINING)[1], range(visitors.MOST + 13)))
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert 13 <= len(refused) < len(answers) and {answer.status_code for answer in answers} == {200, 429}
+    assert all(re.search(r"orders waiting: .*again", answer.json()["detail"]) for answer in refused)
+    monkeypatch.setattr(visitors, "PATIENCE", 1.0)
+    assert until(lambda: join("tradeoff", ("glyphs-unet", "headline", "time", None))[1].status_code == 200)
+    assert client.predict("A7", "glyphs-unet", steps=2, api_name="/generate")[1]["steps"] == 2
+
+
+def test_a_comparison_comes_between_the_steps_of_a_training_and_a_cancelled_training_ends(url, client, taken):
+    guest = gradio_client.Client(url, verbose=False)
+    job = guest.submit(*TRAINING, api_name="/finetune")
+    assert until(job.outputs)
+    client.predict(*ORDER.values(), api_name="/compare")
+    assert not job.done() and len(taken) < 200
+    job.cancel()
+    before = len(taken)
+    assert until(lambda: not tune._stops)
+    assert len(taken) - before <= 2
+    guest.close()
+
+
+def test_memory_does_not_grow_with_the_sessions(served):
+    sessions = served[0].app.state_holder  # each takes 0.2 MB
+    for number in range(page.SESSIONS + 5):
+        assert sessions[f"session {number}"]
+    assert len(sessions.session_data) <= page.SESSIONS
 
 
 def test_the_page_needs_no_network(url):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sparsedm.demo import visitors
+
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
@@ -28,14 +30,21 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, url):
-    """`open_page(width, theme)`: the page after its first word; errors and requests to other places fail the test at its end."""
+    """`open_page(width, theme)`: the page after its first word.
+
+    Requests to other places fail the test at its end, and so do errors without one of the words in `errors`.
+    """
     wrong, contexts = [], []
 
-    def open_one(width=1440, theme="light"):
+    def open_one(width=1440, theme="light", errors=()):
+        def note(text: str) -> None:
+            if not any(word in text for word in errors):
+                wrong.append(text)
+
         contexts.append(browser.new_context(viewport={"width": width, "height": 900}))
         sheet = contexts[-1].new_page()
-        sheet.on("pageerror", lambda error: wrong.append(str(error)))
-        sheet.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        sheet.on("pageerror", lambda error: note(str(error)))
+        sheet.on("console", lambda message: note(message.text) if message.type == "error" else None)
         sheet.on("request", lambda sent: None if sent.url.startswith((url, "data:", "blob:")) else wrong.append(sent.url))
         sheet.goto(f"{url}?__theme={theme}")
         sheet.wait_for_function(DONE, timeout=WAIT)
@@ -67,6 +76,13 @@ def test_a_word_is_typed_and_both_sides_move(open_page):
     assert all(a != picture.first.get_attribute("src") for a, picture in zip(before, pictures))
     figures = sheet.locator(".figures").all_inner_texts()
     assert all("25 of 25 steps" in text and "of 5 right" in text for text in figures)
+
+
+def test_one_order_too_many_is_refused_with_words(open_page, monkeypatch):
+    sheet = open_page(errors=["429"])
+    monkeypatch.setattr(visitors, "MOST", 0)
+    sheet.get_by_role("button", name="Draw", exact=True).click()
+    sheet.get_by_text("orders waiting").wait_for(timeout=WAIT)
 
 
 def test_the_slider_is_dragged(open_page):
@@ -118,6 +134,8 @@ def test_every_tab_fits_the_screen(open_page, tmp_path, width, theme):
     folder.mkdir(parents=True, exist_ok=True)
     for tab in TABS:
         show(sheet, tab)
+        if tab == "Masks":
+            sheet.get_by_text("2:4 keeps").wait_for(timeout=WAIT)
         sheet.wait_for_timeout(1500)
         assert sheet.evaluate("document.documentElement.scrollWidth") <= width
         sheet.screenshot(path=folder / f"{tab.replace(' ', '-').lower()}-{width}-{theme}.png", full_page=True)

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 
 import gradio as gr
 import torch
-from PIL import Image
 
 from .. import data, diffusion, plots
 from ..measure import metrics
 from ..support import latency
-from . import race
+from . import race, turns
 from .models import Catalogue, Variant
 from .race import Lane, Order
-from .words import about, said, si
+from .words import about, said, saved, si
 
 EXAMPLES = (
     ("SPARSE", "glyphs-uvit", "glyphs-uvit-2x4"),
@@ -104,14 +103,14 @@ def _similarity(left: Lane, right: Lane) -> float:
 
 def show(left: Lane, right: Lane, order: Order) -> tuple:
     """Values for the page's outputs; slider, difference, SSIM and verdict wait for the last step."""
-    cards = plots.word_card(left.images), plots.word_card(right.images, ink=plots.SPARSE_INK)
+    cards = saved(plots.word_card(left.images)), saved(plots.word_card(right.images, ink=plots.SPARSE_INK))
     titles = _title(order.left), _title(order.right)
     tables = figures(left, order), figures(right, order)
     done = len(left.seconds)
     if done < order.steps:
         return *titles, *cards, *tables, gr.skip(), gr.skip(), "", f"Denoising: step {done} of {order.steps} on both sides."
     apart = (left.images - right.images).abs().mean(1, keepdim=True)  # 0 to 2
-    difference = plots.word_card(apart - 1, ink="#111111")
+    difference = saved(plots.word_card(apart - 1, ink="#111111"))
     score = f"<b>{_similarity(left, right):.2f}</b><span>SSIM</span>"
     return *titles, *cards, *tables, cards, difference, score, verdict(left, right, order)
 
@@ -126,11 +125,17 @@ def compare(catalogue: Catalogue, text, left, right, seed, steps, sampler, guida
     `text` is a word, or class numbers, by `kind` ("word", "classes", "anything"); left and right are models' names.
     """
     try:
-        order = race.check(catalogue, text, left, right, seed, steps, sampler, guidance, kind)
-        for lanes in race.race(order):
-            yield show(*lanes, order)
+        yield from turns.short(_pages(catalogue, text, left, right, seed, steps, sampler, guidance, kind))
     except (ValueError, OSError) as error:
         raise said(error) from error
+
+
+def _pages(catalogue: Catalogue, *wanted) -> Iterator[tuple | None]:
+    """What the page shows about ten times, and None after the other steps."""
+    order = race.check(catalogue, *wanted)
+    every = order.steps // 10 | 1  # odd: otherwise the same side would come first after every drawing
+    for step, lanes in enumerate(race.race(order), 1):
+        yield show(*lanes, order) if step % every == 0 or step == order.steps else None
 
 
 def build(catalogue: Catalogue, demo: gr.Blocks, left: str, right: str, job: dict) -> None:
@@ -144,7 +149,7 @@ def build(catalogue: Catalogue, demo: gr.Blocks, left: str, right: str, job: dic
         text = gr.Textbox("SPARSE", label="Word", info=info, max_lines=1, scale=3, min_width=180)
         sides = [
             gr.Dropdown(
-                [(title, key) for key, title in catalogue.titles.items()],
+                catalogue.choices(),
                 value=key,
                 label=name,
                 info=info,
@@ -190,10 +195,10 @@ def build(catalogue: Catalogue, demo: gr.Blocks, left: str, right: str, job: dic
     gr.Markdown("Try:", elem_id="try")
     with gr.Row(elem_id="examples"):
         for word, *keys in EXAMPLES:
-            title = f"{word}: {' against '.join(catalogue.titles[key] for key in keys)}"
+            title = f"{word}: {' against '.join(catalogue.entries[key].title for key in keys)}"
             button = gr.Button(title, size="sm", variant="secondary", min_width=200)
-            chosen = button.click(lambda *values: values, [gr.State(word), *map(gr.State, keys)], [text, *sides],
-                                  api_visibility="private", queue=False)  # fmt: skip
+            values = functools.partial(tuple, (word, *keys))
+            chosen = button.click(values, None, [text, *sides], api_visibility="private", queue=False)
             chosen.then(**event, api_visibility="private")
 
 
@@ -205,30 +210,44 @@ def _column(side: str) -> tuple[gr.HTML, gr.Image, gr.HTML]:
         return title, picture, gr.HTML(label=f"{side}: figures", elem_classes=["figures"])
 
 
-def generate(catalogue: Catalogue, text, model, seed, steps, sampler, guidance, kind) -> tuple[Image.Image, dict]:
-    """Draw with one model: the picture, and what it took."""
-    try:
-        order = race.check(catalogue, text, model, model, seed, steps, sampler, guidance, kind)
-        lane = race.alone(order)
-    except (ValueError, OSError) as error:
-        raise said(error) from error
-    timing = latency.Timing(lane.seconds)
-    facts = {
-        "model": model, "pictures": order.n, "steps": order.steps, "ms_per_step": timing.median * 1e3,
-        "macs_per_picture_and_step": order.left.macs.sparse, "macs_executed": order.left.macs.executed,
-    }  # fmt: skip
-    if order.spelled:
-        facts["read"], facts["right"] = reading(lane.images, order.labels)
-    return plots.word_card(lane.images), facts
-
-
 def offer_generate(catalogue: Catalogue, job: dict) -> None:
-    """An endpoint for scripts alone; components that are never shown give it its types."""
-    with gr.Row(visible=False):
-        text, model = gr.Textbox(label="text"), gr.Textbox("glyphs-uvit-2x4", label="model")
-        seed, steps = gr.Number(0, label="seed"), gr.Number(25, label="steps")
-        sampler, guidance = gr.Textbox("ddim", label="sampler"), gr.Number(0, label="guidance")
-        kind, run = gr.Textbox("word", label="kind"), gr.Button()
-        outputs = [gr.Image(label="picture", format="png"), gr.JSON(label="facts")]
-    run.click(functools.partial(generate, catalogue), [text, model, seed, steps, sampler, guidance, kind], outputs,
-              api_name="generate", api_description=about(generate), **job)  # fmt: skip
+    """An endpoint for scripts alone."""
+
+    def generate(
+        text: str,
+        model: str = "glyphs-uvit-2x4",
+        seed: int = 0,
+        steps: int = 25,
+        sampler: str = "ddim",
+        guidance: float = 0,
+        kind: str = "word",
+    ) -> tuple[dict, dict]:
+        """Draw with one model. Returns the picture's file and, as numbers, what it took."""
+        try:
+            [(order, lane)] = turns.short(_drawn(catalogue, text, model, model, seed, steps, sampler, guidance, kind))
+        except (ValueError, OSError) as error:
+            raise said(error) from error
+        return gr.FileData(path=saved(plots.word_card(lane.images))).model_dump(), {"model": model, **facts(lane, order)}
+
+    gr.api(generate, api_description=about(generate), **job)
+
+
+def facts(lane: Lane, order: Order) -> dict:
+    """What one model's pictures took, as numbers."""
+    found = {
+        "pictures": order.n,
+        "steps": order.steps,
+        "ms_per_step": latency.Timing(lane.seconds).median * 1e3,
+        "macs_per_picture_and_step": order.left.macs.sparse,
+        "macs_executed": order.left.macs.executed,
+    }
+    if order.spelled:
+        found["read"], found["right"] = reading(lane.images, order.labels)
+    return found
+
+
+def _drawn(catalogue: Catalogue, *wanted) -> Iterator[tuple[Order, Lane] | None]:
+    """The order and its pictures after the last step, None after the others."""
+    order = race.check(catalogue, *wanted)
+    for step, lane in enumerate(race.alone(order), 1):
+        yield (order, lane) if step == order.steps else None

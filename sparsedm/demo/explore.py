@@ -8,7 +8,7 @@ import torch
 from .. import plots
 from ..masking import layers, nm
 from ..measure import reporting
-from . import checks, models
+from . import checks, models, turns
 from .models import Catalogue
 from .words import about, said
 
@@ -18,7 +18,7 @@ HEAD = ("layer", "shape", "N:M", "share of MACs", "why dense")
 
 def offered(catalogue: Catalogue) -> list[tuple[str, str]]:
     """Titles and keys of the models with all their weights."""
-    return [(title, key) for key, title in catalogue.titles.items() if "@" not in key and not key.endswith("-2x4")]
+    return catalogue.choices("own", "teacher", "diffpruned")
 
 
 @functools.lru_cache(maxsize=16)
@@ -29,11 +29,11 @@ def _weights(variant: models.Variant) -> dict[str, torch.Tensor]:
 def table(catalogue: Catalogue, key: str, pattern: str) -> list[list[str]]:
     """Every layer's shape and share of MACs, its pattern, or why it stays dense. Raises ValueError if no layer takes it."""
     model = layers.sparsify(models.copy_of(catalogue.load(key)), pattern)
+    reasons = {name: getattr(layer, "dense_reason", "") for name, layer in model.named_modules()}
     return [
-        [row.name, "x".join(map(str, row.shape)), row.pattern, f"{row.mac_share or 0:.1%}",
-         getattr(model.get_submodule(row.name), "dense_reason", "")]
+        [row.name, "x".join(map(str, row.shape)), row.pattern, f"{row.mac_share or 0:.1%}", reasons[row.name]]
         for row in reporting.report(model).rows
-    ]  # fmt: skip
+    ]
 
 
 def words(weight: torch.Tensor, pattern: nm.NMPattern) -> str:
@@ -53,10 +53,11 @@ def explore(catalogue: Catalogue, model, layer, n, m) -> tuple:
         checks.one_of("model", model, [key for _, key in offered(catalogue)])
         checks.within("M", m, 1, nm.MAX_M, whole=True)
         checks.within("N", n, 1, m, whole=True)
-        pattern, weights = nm.NMPattern(int(n), int(m)), _weights(catalogue.load(model))
-        checks.one_of("layer", layer, weights)
-        weight, rows = weights[layer], table(catalogue, model, pattern)
-        return plots.groups(weight, pattern), plots.group_counts(weight, pattern), words(weight, pattern), rows
+        with turns.turn():
+            pattern, weights = nm.NMPattern(int(n), int(m)), _weights(catalogue.load(model))
+            checks.one_of("layer", layer, weights)
+            weight, rows = weights[layer], table(catalogue, model, pattern)
+            return plots.groups(weight, pattern), plots.group_counts(weight, pattern), words(weight, pattern), rows
     except (ValueError, OSError) as error:
         raise said(error) from error
 
@@ -69,8 +70,7 @@ def build(catalogue: Catalogue, key: str, tab: gr.Tab) -> None:
     )
     with gr.Row():
         model = gr.Dropdown(offered(catalogue), value=key, label="Model", min_width=180)
-        names = _layer_names(catalogue, key)
-        layer = gr.Dropdown(names, value=_first(catalogue, key), label="Layer", min_width=220)
+        layer = gr.Dropdown(**_layers(catalogue, key), label="Layer", min_width=220)
         m = gr.Radio(GROUP_SIZES, value=4, label="M, the size of a group", min_width=220)
         n = gr.Slider(1, 4, 2, step=1, label="N, how many stay", buttons=[], min_width=160)
     text = gr.Markdown()
@@ -80,16 +80,17 @@ def build(catalogue: Catalogue, key: str, tab: gr.Tab) -> None:
     rows = gr.Dataframe(headers=list(HEAD), label="Every layer under this pattern", max_height=420, interactive=False)
     draw = {"fn": functools.partial(explore, catalogue), "inputs": [model, layer, n, m], "outputs": [groups, counts, text, rows]}
     shared = {"trigger_mode": "always_last", "concurrency_limit": 2, "show_progress": "hidden", "preprocess": False}
-    model.input(lambda key: gr.Dropdown(_layer_names(catalogue, key), value=_first(catalogue, key)), model, layer,
-                api_visibility="private")  # fmt: skip
+
+    def layers_of(key: str) -> gr.Dropdown:
+        with turns.turn():
+            return gr.Dropdown(**_layers(catalogue, key))
+
+    model.input(layers_of, model, layer, api_visibility="private")
     m.input(lambda m, n: gr.Slider(maximum=m, value=min(n, m)), [m, n], n, api_visibility="private")
     gr.on([tab.select, layer.change, n.change, m.input], **draw, **shared, api_name="explore", api_description=about(explore))
 
 
-def _layer_names(catalogue: Catalogue, key: str) -> list[str]:
-    return list(_weights(catalogue.load(key)))
-
-
-def _first(catalogue: Catalogue, key: str) -> str:
-    """The first layer that 2:4 masks."""
-    return next(name for name, *_, why in table(catalogue, key, "2:4") if not why)
+def _layers(catalogue: Catalogue, key: str) -> dict:
+    """A model's layers to choose from; the first one that 2:4 masks is chosen."""
+    first = next(name for name, *_, why in table(catalogue, key, "2:4") if not why)
+    return {"choices": list(_weights(catalogue.load(key))), "value": first}

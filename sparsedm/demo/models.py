@@ -11,15 +11,42 @@ from torch import nn
 
 from .. import data
 from ..checkpoints import folders
+from ..experiments.recipes import RECIPES
 from ..masking import layers
 from ..measure import macs
 from ..models import denoisers
 from ..packing import packed
 
-BASES = {"glyphs-uvit": "U-ViT", "glyphs-unet": "UNet"}
-STUDENTS = {"": "dense", "-2x4": "2:4 SparseDM", "-diffpruned": "Diff-Pruning"}
 ONE_SHOT = ("2:4", "1:4", "3:4", "4:8", "7:8", "15:16")
 PACK_BATCH = 6  # pictures that packing times layers with: a word of six letters
+ROLES = {"teacher": "dense", "2x4": "2:4 SparseDM", "diffpruned": "Diff-Pruning"}  # of bundled models, as people read them
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model on offer.
+
+    Attributes:
+        title: what people read.
+        source: what `sparsedm.load` takes: a bundled name or a folder.
+        role: one of `ROLES`, "masked" for a teacher masked without training, or "own" for a folder.
+        base: the bundled teacher that it is or was made of; "" for a folder.
+        pattern: N:M to mask it with; "" for a model that stays as it is stored.
+    """
+
+    title: str
+    source: str | Path
+    role: str
+    base: str = ""
+    pattern: str = ""
+
+
+BUNDLED = {
+    name: Entry(f"{found.backbone}, {ROLES[found.role]}", name, found.role, found.base or name)
+    for name, found in RECIPES.items()
+    if found.bundle
+}
+BASES = {name: RECIPES[name].backbone for name, entry in BUNDLED.items() if entry.role == "teacher"}
 
 
 @dataclass(frozen=True)
@@ -63,27 +90,35 @@ class Catalogue:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self):
-        self._paths = {folder.resolve().name: folder for folder in self.folders}
-        if len(self._paths) < len(self.folders):
+        own = {folder.resolve().name: folder for folder in self.folders}
+        if len(own) < len(self.folders):
             raise ValueError("two folders have the same name: rename one")
-        self.titles = {name: name for name in self._paths}
+        self.entries = {name: Entry(name, folder, "own") for name, folder in own.items()} | BUNDLED
         for base, backbone in BASES.items():
-            self.titles |= {base + end: f"{backbone}, {title}" for end, title in STUDENTS.items()}
-        for base, backbone in BASES.items():
-            self.titles |= {f"{base}@{pattern}": f"{backbone}, {pattern} without training" for pattern in ONE_SHOT}
+            for pattern in ONE_SHOT:
+                title = f"{backbone}, {pattern} without training"
+                self.entries[f"{base}@{pattern}"] = Entry(title, base, "masked", base, pattern)
+
+    def choices(self, *roles: str) -> list[tuple[str, str]]:
+        """Titles and keys, as a list to choose from takes them: of these roles, or of all."""
+        return [(entry.title, key) for key, entry in self.entries.items() if not roles or entry.role in roles]
+
+    def rival(self, key: str) -> str:
+        """What a model is first compared with: a teacher with its 2:4 student, others with themselves."""
+        return student(key) if self.entries[key].role == "teacher" else key
 
     def load(self, key: str) -> Variant:
-        """The model of a key of `titles`, packed where that is faster. Raises ValueError or OSError for a folder without one."""
+        """The model of a key of `entries`, packed where that is faster. Raises ValueError or OSError for a folder without one."""
         with self._lock:
             if key not in self._loaded:
                 self._loaded[key] = self._load(key)
             return self._loaded[key]
 
     def _load(self, key: str) -> Variant:
-        name, _, pattern = key.partition("@")
-        model = folders.load(self._paths.get(key, name))
-        if pattern:
-            layers.fold(layers.sparsify(model, pattern))
+        entry = self.entries[key]
+        model = folders.load(entry.source)
+        if entry.pattern:
+            layers.fold(layers.sparsify(model, entry.pattern))
         model = nn.Module.to(model, self.device)
         parameters = list(model.parameters())
         nonzero = sum(int(p.count_nonzero()) for p in parameters)
@@ -91,7 +126,12 @@ class Catalogue:
             packed.pack(model, batch=PACK_BATCH)
         size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         counts = macs.count(model)
-        return Variant(self.titles[key], model, counts, sum(p.numel() for p in parameters), nonzero, size, kernels(model))
+        return Variant(entry.title, model, counts, sum(p.numel() for p in parameters), nonzero, size, kernels(model))
+
+
+def student(base: str) -> str:
+    """The bundled 2:4 student of a bundled teacher."""
+    return next(name for name, entry in BUNDLED.items() if entry.base == base and entry.role == "2x4")
 
 
 def kernels(model: nn.Module) -> str:

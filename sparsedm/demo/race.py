@@ -44,7 +44,7 @@ def check(catalogue: Catalogue, text, left, right, seed, steps, sampler, guidanc
     if not isinstance(text, str):
         raise ValueError(f"the {'word is' if kind == 'word' else 'classes are'} missing: type at most {MAX_PICTURES}")
     for side, key in (("left", left), ("right", right)):
-        checks.one_of(f"{side} model", key, catalogue.titles)
+        checks.one_of(f"{side} model", key, catalogue.entries)
     checks.one_of("sampler", sampler, diffusion.SAMPLERS)
     checks.within("seed", seed, 0, MAX_SEED, whole=True)
     checks.within("number of steps", steps, 1, MAX_STEPS, whole=True)
@@ -91,34 +91,31 @@ def _class_labels(text: str, classes: int) -> torch.Tensor:
 
 
 def race(order: Order) -> Iterator[tuple[Lane, Lane]]:
-    """Both models step by step in alternating order from the same noise, yielding about ten times (left, right)."""
+    """Both models from the same noise, yielding (left, right) after every step of both; the first of the two alternates."""
     variants = order.left, order.right
     noise = diffusion.start_noise(variants[0].model, order.n, order.seed)
     for variant in variants:
         next(_sample(variant, noise, order))  # the first call is slower than the others
     runs = [_sample(variant, noise, order) for variant in variants]
     seconds = [], []
-    every = order.steps // 10 | 1  # odd: otherwise the same side would come first after every drawing
     for step in range(1, order.steps + 1):
         states = [None, None]
         for side in (0, 1) if step % 2 else (1, 0):
             states[side] = next(runs[side])
             seconds[side].append(states[side].seconds)
-        if step % every == 0 or step == order.steps:
-            images = [state.sample if step == order.steps else state.x0 for state in states]
-            yield tuple(Lane(v, x.float().cpu(), tuple(s)) for v, x, s in zip(variants, images, seconds, strict=True))
+        images = [state.sample if step == order.steps else state.x0 for state in states]
+        yield tuple(Lane(v, x.float().cpu(), tuple(s)) for v, x, s in zip(variants, images, seconds, strict=True))
 
 
-def alone(order: Order) -> Lane:
-    """The order's left model by itself, after all steps."""
-    noise = diffusion.start_noise(order.left.model, order.n, order.seed)
-    states = [(state.seconds, state.sample) for state in _sample(order.left, noise, order)]
-    return Lane(order.left, states[-1][1].float().cpu(), tuple(seconds for seconds, _ in states))
+def alone(order: Order) -> Iterator[Lane]:
+    """The order's left model by itself, after every step."""
+    noise, seconds = diffusion.start_noise(order.left.model, order.n, order.seed), []
+    for state in _sample(order.left, noise, order):
+        seconds.append(state.seconds)
+        yield Lane(order.left, state.sample.float().cpu(), tuple(seconds))
 
 
 def _sample(variant: Variant, noise: torch.Tensor, order: Order) -> Iterator[diffusion.SampleState]:
     generator = torch.Generator().manual_seed(order.seed)  # ddpm adds noise: the same on both sides
-    return diffusion.sample(
-        variant.model, noise, sampler=order.sampler, steps=order.steps, class_labels=order.labels, guidance=order.guidance,
-        generator=generator,
-    )  # fmt: skip
+    options = {"sampler": order.sampler, "steps": order.steps, "class_labels": order.labels, "guidance": order.guidance}
+    return diffusion.sample(variant.model, noise, **options, generator=generator)

@@ -11,7 +11,7 @@ import gradio as gr
 from .. import plots
 from ..checkpoints import folders
 from ..measure import speed
-from . import checks
+from . import checks, turns
 from .models import BASES
 from .words import about, said
 
@@ -32,20 +32,24 @@ def benchmark(base, batches, dtype, layers) -> Iterator[tuple]:
     Streams the lines so far; the last result has the figure, the table and the file with all figures.
     """
     try:
-        checks.one_of("model", base, BASES)
-        checks.one_of("dtype", dtype, DTYPES)
-        if not isinstance(batches, list) or not batches or any(batch not in BATCHES for batch in batches):
-            raise ValueError(f"choose at least one batch size of {', '.join(map(str, BATCHES))}")
-        total = len(set(batches)) + (len(speed.LINEAR) + len(speed.CONVOLUTION) if layers else 0)
-        result, started = {**speed.machine(), "rows": []}, time.monotonic()
-        yield _progress(0, total, started), None, "", None
-        for row in rows(base, list(set(batches)), dtype, bool(layers)):
-            result["rows"].append(row)
-            yield _progress(len(result["rows"]), total, started), plots.speed(result), speed.words(result), None
-        with tempfile.TemporaryDirectory() as folder:  # Gradio copies the file while the generator waits
-            yield _done(result, started), plots.speed(result), speed.words(result), _write(result, folder)
+        yield from turns.long(_pages(base, batches, dtype, layers))
     except (ValueError, OSError) as error:
         raise said(error) from error
+
+
+def _pages(base, batches, dtype, layers) -> Iterator[tuple]:
+    checks.one_of("model", base, BASES)
+    checks.one_of("dtype", dtype, DTYPES)
+    if not isinstance(batches, list) or not batches or any(batch not in BATCHES for batch in batches):
+        raise ValueError(f"choose at least one batch size of {', '.join(map(str, BATCHES))}")
+    total = len(set(batches)) + (len(speed.LINEAR) + len(speed.CONVOLUTION) if layers else 0)
+    result, started = {**speed.machine(), "rows": []}, time.monotonic()
+    yield _progress(0, total, started), None, "", None
+    for row in rows(base, list(set(batches)), dtype, bool(layers)):
+        result["rows"].append(row)
+        yield _progress(len(result["rows"]), total, started), plots.speed(result), speed.words(result), None
+    with tempfile.TemporaryDirectory() as folder:  # Gradio copies the file while the generator waits
+        yield _done(result, started), plots.speed(result), speed.words(result), _write(result, folder)
 
 
 def _progress(done: int, total: int, started: float) -> str:
@@ -85,6 +89,6 @@ def build(job: dict) -> None:
     figure = gr.Plot(show_label=False, label="How many times faster", elem_classes=["later"])
     table = gr.Markdown(elem_classes=["scroll"])
     file = gr.File(label="The figures as JSON", interactive=False, elem_classes=["later"])
-    event = run.click(benchmark, [base, batches, dtype, layers], [state, figure, table, file],
-                      api_name="benchmark", api_description=about(benchmark), show_progress_on=state, **job)  # fmt: skip
+    job = {**job, "show_progress_on": state, "api_name": "benchmark", "api_description": about(benchmark)}
+    event = run.click(benchmark, [base, batches, dtype, layers], [state, figure, table, file], **job)
     stop.click(None, cancels=[event], api_visibility="private")

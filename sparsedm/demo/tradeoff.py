@@ -4,9 +4,10 @@ import gradio as gr
 from PIL import Image
 
 from ..experiments import figures, results
+from ..experiments.recipes import recipe
 from . import checks, scatter
 from .models import BASES
-from .words import about, said
+from .words import about, said, saved
 
 SUITES = {"headline": "long training", "short": "every method, short training"}
 COSTS = {"macs": "MACs", "time": "measured time of a step"}
@@ -35,33 +36,34 @@ def draw(base, suite, cost, chosen=None) -> tuple:
     except ValueError as error:
         raise said(error) from error
     names = [point.name for point in shown]
-    chosen = chosen if chosen in names else next((name for name in names if name.endswith("-2x4")), None)
+    chosen = chosen if chosen in names else next((name for name in names if recipe(name).role == "2x4"), None)
     dense = next(point.fd for point in shown if point.name in (base, *results.teachers()))
     xlabel = f"{COSTS[cost]}, as a share of the dense model's"
     plot = scatter.svg(shown, xlabel, chosen or "", ceiling=figures.OFF_THE_SCALE * dense)
     return plot, gr.Dropdown([(point.label, point.name) for point in shown], value=chosen), *details(chosen)
 
 
-def details(name: str | None) -> tuple[Image.Image | None, str]:
-    """A stored result's first pictures, enlarged, and in words (Markdown) what it is and the command that makes it again."""
+def details(name: str | None) -> tuple[str | None, str]:
+    """The file of a stored result's first pictures, enlarged, and in words (Markdown) what it is and the command that made it."""
     found = next((row for suite in SUITES for row in results.load(suite) if row.name == name), None)
     if found is None:
         return None, "Choose a point."
     run, scores = found.runs[0], found.runs[0]["scores"]
+    seeds = f" (mean of {len(found.runs)} seeds)" if len(found.runs) > 1 else ""
+    similarity = f", SSIM to the teacher {found.mean('ssim_to_base'):.3f}" if "ssim_to_base" in scores else ""
+    faster = f", a step {found.speedup:.2f} times faster than the dense model's" if found.speedup else ""
     lines = [
         f"### {found.recipe.title}",
-        f"FD-glyph **{found.fd:.2f}**" + (f" (mean of {len(found.runs)} seeds)" if len(found.runs) > 1 else "")
-        + f", readability {found.mean('readability'):.1%}"
-        + (f", SSIM to the teacher {found.mean('ssim_to_base'):.3f}" if "ssim_to_base" in scores else ""),
+        f"FD-glyph **{found.fd:.2f}**{seeds}, readability {found.mean('readability'):.1%}{similarity}",
         f"{run['macs']['sparse'] / 1e6:.1f} M MACs per picture and step, {run['nonzero_parameters'] / 1e6:.2f} M weights not zero"
-        + (f", a step {found.speedup:.2f} times faster than the dense model's" if found.speedup else ""),
+        f"{faster}",
         f"Training: {found.images:,} pictures" if found.images else "No training",
         f"Scored on {run['protocol']['n']:,} pictures, {run['protocol']['steps']} {run['protocol']['sampler'].upper()} steps",
         f"Made by `{run['command']}`",
-    ]  # fmt: skip
+    ]
     drawn = results.pictures(name)
     enlarged = drawn and drawn.resize((drawn.width * 4, drawn.height * 4), Image.Resampling.NEAREST)
-    return enlarged, "\n\n".join(lines)
+    return enlarged and saved(enlarged), "\n\n".join(lines)
 
 
 def build(tab: gr.Tab) -> None:
@@ -83,8 +85,9 @@ def build(tab: gr.Tab) -> None:
             words = gr.Markdown(elem_id="details")
     outputs = [plot, chosen, pictures, words]
     private = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-    gr.on([tab.select, base.input, suite.input, cost.input], draw, [base, suite, cost, chosen], outputs,
-          queue=False, show_progress="hidden", preprocess=False, api_name="tradeoff", api_description=about(draw))  # fmt: skip
+    public = {"queue": False, "show_progress": "hidden", "preprocess": False, "api_name": "tradeoff"}
+    triggers = [tab.select, base.input, suite.input, cost.input]
+    gr.on(triggers, draw, [base, suite, cost, chosen], outputs, **public, api_description=about(draw))
     chosen.input(draw, [base, suite, cost, chosen], outputs, **private)
 
     def picked(base, suite, cost, event: gr.SelectData) -> tuple:

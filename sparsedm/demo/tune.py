@@ -18,9 +18,9 @@ from ..experiments.recipes import recipe
 from ..masking import layers
 from ..measure import macs, metrics
 from ..training import distill
-from . import checks, race
-from .models import BASES, Catalogue, copy_of
-from .words import about, said, si
+from . import checks, race, turns
+from .models import BASES, Catalogue, copy_of, student
+from .words import about, said, saved, si
 
 PATTERNS = ("2:4", "1:4", "3:4", "4:8", "1:8", "7:8")
 MAX_STEPS, EVERY, SAMPLING_STEPS = 400, 10, 15
@@ -60,8 +60,7 @@ def tune(catalogue: Catalogue, session: str, base, pattern, decay, weight, steps
     """
     stopped = _stops[session] = threading.Event()
     try:
-        labels = check(catalogue, base, pattern, decay, weight, steps, word)
-        yield from _tune(catalogue, base, pattern, float(decay), float(weight), int(steps), labels, stopped)
+        yield from turns.long(_tune(catalogue, stopped, base, pattern, decay, weight, steps, word))
     except (ValueError, OSError) as error:
         raise said(error) from error
     finally:
@@ -69,7 +68,10 @@ def tune(catalogue: Catalogue, session: str, base, pattern, decay, weight, steps
             del _stops[session]
 
 
-def _tune(catalogue, base, pattern, decay, weight, steps, labels, stopped) -> Iterator[tuple]:
+def _tune(catalogue: Catalogue, stopped: threading.Event, base, pattern, decay, weight, steps, word) -> Iterator[tuple | None]:
+    """What the page shows every `EVERY` steps, and None after the others."""
+    labels = check(catalogue, base, pattern, decay, weight, steps, word)
+    decay, weight, steps = float(decay), float(weight), int(steps)
     teacher = copy_of(catalogue.load(base))
     student = layers.sparsify(copy.deepcopy(teacher), pattern, decay=decay)
     noise = diffusion.start_noise(teacher, len(labels), seed=0)
@@ -94,16 +96,18 @@ def _tune(catalogue, base, pattern, decay, weight, steps, labels, stopped) -> It
             watched.flips.append(layers.mask_change(before, now))
             before, averaged = now, state.ema_model()
             yield *look(averaged, step), None
+        else:
+            yield None
         if stopped.is_set():
             break
     with tempfile.TemporaryDirectory() as folder:  # Gradio copies the file while the generator waits
         path = _packed(averaged, Path(folder), f"{base}-{pattern.replace(':', 'x')}")
-        yield *_page(watched, aim, _drawn(layers.folded(averaged), noise, labels), step, counts), path
+        yield *_page(watched, aim, _drawn(layers.folded(averaged), noise, labels), steps, counts), path
 
 
 def _settings(base: str) -> dict:
     """The recipe's, cut down to a run of a minute."""
-    full = recipe(f"{base}-2x4").train
+    full = recipe(student(base)).train
     return full | {"lr": LEARNING_RATE, "ema_decay": EMA_DECAY, "warmup": WARMUP, "batch_size": BATCH, "mixed_precision": "no"}
 
 
@@ -113,13 +117,13 @@ def _drawn(model: nn.Module, noise: torch.Tensor, labels: torch.Tensor) -> torch
 
 def _page(watched: Watched, aim: torch.Tensor, images: torch.Tensor, steps: int, counts: macs.Macs) -> tuple:
     """Pictures of teacher and student, the curves, and a line of words."""
-    done = watched.steps[-1]
+    done = watched.steps[-1]  # fewer than `steps` at the end of a training that was stopped
     text = (
         f"Step **{done} of {steps}**. The student needs {si(counts.sparse)} MACs per picture and step, its teacher "
         f"{si(counts.dense)}. The classifier reads **{watched.right[-1]} of {len(images)}** of its letters right"
         f" ({watched.right[0]} before training); SSIM to the teacher's **{metrics.ssim(images, aim).mean():.2f}**."
     )
-    cards = plots.word_card(aim), plots.word_card(images, ink=plots.SPARSE_INK)
+    cards = saved(plots.word_card(aim)), saved(plots.word_card(images, ink=plots.SPARSE_INK))
     return *cards, watched.figure() if watched.noise else None, text
 
 
@@ -163,12 +167,13 @@ def build(catalogue: Catalogue, job: dict) -> None:
             gr.HTML("<h2>Student</h2>")
             now = gr.Image(show_label=False, label="Student", format="png", buttons=[], alt_text="What the student draws now")
     curves = gr.Plot(show_label=False, label="Loss and mask flips", elem_classes=["later"])
-    file = gr.File(label="The packed student (zip); load it with sparsedm.load", interactive=False,
-                   elem_classes=["later"])  # fmt: skip
+    title = "The packed student (zip); load it with sparsedm.load"
+    file = gr.File(label=title, interactive=False, elem_classes=["later"])
 
     def train(base, pattern, decay, weight, steps, word, request: gr.Request):
         yield from tune(catalogue, request.session_hash or "", base, pattern, decay, weight, steps, word)
 
-    gr.on([run.click, word.submit], train, [base, pattern, decay, weight, steps, word], [aim, now, curves, text, file],
-          api_name="finetune", api_description=about(tune), show_progress_on=text, **job)  # fmt: skip
+    inputs, outputs = [base, pattern, decay, weight, steps, word], [aim, now, curves, text, file]
+    job = {**job, "show_progress_on": text, "api_name": "finetune", "api_description": about(tune)}
+    gr.on([run.click, word.submit], train, inputs, outputs, **job)
     halt.click(stop, None, text, queue=False, api_visibility="private")

@@ -1,9 +1,16 @@
-"""Words that all tabs use."""
+"""Words and files that all tabs use."""
 
+import hashlib
 import html
+import io
+import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import gradio as gr
+from gradio.utils import get_upload_folder
+from PIL import Image
 
 
 def si(number: float) -> str:
@@ -22,3 +29,19 @@ def said(error: Exception) -> gr.Error:
 def about(function: Callable) -> str:
     """Its docstring in one line: what the page's list of endpoints says."""
     return " ".join(function.__doc__.split())
+
+
+def saved(picture: Image.Image) -> str:
+    """The path of a PNG file in Gradio's cache, named by its content and whole at any time: others may be loading the same."""
+    stream = io.BytesIO()
+    picture.save(stream, "png")
+    path = Path(get_upload_folder(), hashlib.sha256(stream.getvalue()).hexdigest(), "image.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.touch()  # Gradio removes old files
+        return str(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(stream.getvalue())
+    os.replace(temporary, path)
+    return str(path)
