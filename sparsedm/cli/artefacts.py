@@ -100,7 +100,7 @@ def generate(
     if not processes.is_main():
         return
     images = torch.cat([*made.values()])
-    plots.picture(images, columns=None if word else round(n**0.5), scale=runlog.scale(images)).save(out)
+    plots.save(plots.picture(images, columns=None if word else round(n**0.5), scale=runlog.scale(images)), out)
     median = statistics.median(seconds) * 1e3
     found = {"picture": str(out), "n": n, "ms_per_step": median}
     outcome(found, json, f"{out} written: {n} pictures, {steps} steps of {median:.1f} ms (median)")
@@ -125,11 +125,9 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Score a model's pictures. Example: python -m sparsedm evaluate glyphs-uvit-2x4 scores --n 2048 --base glyphs-uvit"""
-    import json as json_module
-
     from ..experiments.recipes import Protocol
     from ..measure import evaluation
-    from ..support import processes
+    from ..support import files, processes
 
     protocol, others = Protocol(n, sampler, steps, guidance, seed, batch_size, precision), None
     loaded = folders.load(model).to(on(device))
@@ -137,15 +135,18 @@ def evaluate(
     evaluation.check(n, data, inception)
     evaluation.check_model(loaded, data, base, inception)
     evaluation.check_decoder(loaded, decoder)
+    other = folders.load(base).to(loaded.device) if base else None
     with processes.claimed(out):
-        images = show("model", evaluation.sample(loaded, out, protocol, dataset=data, vae=decoder), json)
-        if base:
-            other = folders.load(base).to(loaded.device)
-            others = show("base", evaluation.sample(other, out / "base", protocol, dataset=data, vae=decoder), json)
+        told = {"dataset": data, "vae": decoder}
+        own = evaluation.sample(loaded, out, protocol, **told)  # both folders are checked before anything is drawn
+        compared = evaluation.sample(other, out / "base", protocol, **told) if base else None
+        images = show("model", own, json)
+        if compared:
+            others = show("base", compared, json)
     if not processes.is_main():
         return
     scores = evaluation.score(images, evaluation.labels(loaded, n), data, others, inception, reference)
-    (out / "scores.json").write_text(json_module.dumps(scores, indent=2) + "\n")
+    files.write_json(out / "scores.json", scores)
     outcome(scores, json, "\n".join(f"{name:14} {value:.4g}" for name, value in scores.items()))
 
 

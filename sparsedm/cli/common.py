@@ -36,18 +36,22 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[list]:
-    """Within it Ctrl-C only fills the list, so that a loop can end after a whole step; a second one stops at once."""
+    """Within it Ctrl-C and SIGTERM only fill the list, so that a loop can end after a whole step; a second one stops at once."""
     pressed = []
 
     def note(signum, frame) -> None:
         pressed.append(signum)
-        signal.signal(signal.SIGINT, before)
+        restore()
 
-    before = signal.signal(signal.SIGINT, note)
+    def restore() -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def settings(given: list[str] | None) -> dict:
@@ -77,7 +81,7 @@ def show(title: str, states: Iterator, quiet: bool = False):
     """A bar for every stage of a generator of `Progress`; returns what the generator returns.
 
     Raises:
-        Stopped: by Ctrl-C, after a whole step; the generator is closed then.
+        Stopped: by Ctrl-C or SIGTERM, after a whole step; the generator is closed then.
     """
     try:
         state = next(states)  # what is refused is refused before there is a bar

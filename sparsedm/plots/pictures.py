@@ -1,11 +1,13 @@
 """Pictures that models made, as images and in rows."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageColor
 
+from ..support.files import replacing
 from .base import INK, PAPER, figure
 
 
@@ -31,6 +33,20 @@ def picture(
         canvas[y : y + height, x : x + width] = tile
     image = Image.fromarray((canvas * 255).round().astype(np.uint8))
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def save(image: Image.Image, path: str | Path) -> None:
+    """Write an image in the format that the suffix of `path` names, whole or not at all.
+
+    Raises:
+        ValueError: no format has this suffix.
+        OSError: it cannot be written; an earlier picture stays.
+    """
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{path}: no picture format ends so; name it .png or .jpg")
+    with replacing(path) as temporary:
+        image.save(temporary, kind)
 
 
 def word_card(images: torch.Tensor, *, size: tuple[int, int] = (1200, 280), ink: str = INK, paper: str = PAPER) -> Image.Image:
