@@ -96,7 +96,7 @@ def _draw(model: nn.Module, protocol: Protocol, start: int, end: int, asked: dic
 
 def _texts(model: nn.Module, dataset: str) -> latents.Latents | None:
     """The data set whose texts the model is asked for, if the model takes text."""
-    if diffusion.null_label(model) is not None or not dataset.startswith("latents:"):
+    if denoisers.null_label(model) is not None or not dataset.startswith("latents:"):
         return None
     found = data.load(dataset)
     return found if isinstance(found[0][1], dict) else None
