@@ -2,10 +2,10 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,19 +21,21 @@ from sparsedm.training.distill import TrainState
 
 # --- a folder that is replaced ----------------------------------------------------------------------------------------
 
-_KILLED = """
-import os, signal, sys
-from sparsedm.support import files
-replace, left = os.replace, [int(sys.argv[2])]
-def dying(*paths):
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left[0] -= 1
-    replace(*paths)
-os.replace = dying
-with files.replacing_folder(sys.argv[1]) as temporary:
-    (temporary / "a").write_text("new")
-"""
+
+def die_replacing(folder: Path, renames: int) -> None:
+    """Replace a folder with a new one, killed after so many renames."""
+    replace = os.replace
+
+    def dying(*paths):
+        nonlocal renames
+        if not renames:
+            os.kill(os.getpid(), signal.SIGKILL)
+        renames -= 1
+        replace(*paths)
+
+    os.replace = dying
+    with files.replacing_folder(folder) as temporary:
+        (temporary / "a").write_text("new")
 
 
 @pytest.fixture(params=[0, 1], ids=["before the renames", "between the renames"])
@@ -42,8 +44,10 @@ def killed(request, tmp_path):
     folder = tmp_path / "some.model"
     folder.mkdir()
     (folder / "a").write_text("old")
-    done = subprocess.run([sys.executable, "-c", _KILLED, folder, str(request.param)])
-    assert done.returncode == -9 and folder.exists() == (request.param == 0)
+    process = multiprocessing.get_context("fork").Process(target=die_replacing, args=(folder, request.param))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and folder.exists() == (request.param == 0)
     return folder, ["old", "new"][request.param]
 
 
@@ -105,17 +109,16 @@ def full(temporary: Path) -> None:
 def test_a_full_disk_is_named_with_the_file_and_what_is_kept(tmp_path, monkeypatch):
     path = tmp_path / "state"
     path.write_text("old")
-    with pytest.raises(OSError, match=r"could not write .*state \(No space left on device\); what was there is untouched"):
-        with files.replacing(path) as temporary:
-            full(temporary)
-            temporary.write_text("new")
+    message = r"could not write .*state \(No space left on device\); what was there is untouched"
+    with pytest.raises(OSError, match=message), files.replacing(path) as temporary:
+        full(temporary)
+        temporary.write_text("new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["state"]
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))  # a RuntimeError does not tell the reason
-    with pytest.raises(OSError, match=r"could not write .*state \(No space left on device\)") as error:
-        with files.replacing(path) as temporary:
-            full(temporary)
-            torch.save(torch.zeros(100_000), temporary)
+    with pytest.raises(OSError, match=message) as error, files.replacing(path) as temporary:
+        full(temporary)
+        torch.save(torch.zeros(100_000), temporary)
     assert error.value.errno == errno.ENOSPC
 
 

@@ -5,6 +5,7 @@ import json
 import statistics
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
