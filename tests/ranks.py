@@ -13,7 +13,9 @@ from diffusers import DDPMScheduler
 
 _FORKS = multiprocessing.get_context("forkserver")
 _SCHEDULERS = sorted({cls.__module__ for cls in (DDPMScheduler, *DDPMScheduler._get_compatibles())})
-_FORKS.set_forkserver_preload(["sparsedm.cli.job", "sparsedm.experiments.experiment", "sklearn.datasets", *_SCHEDULERS])
+_FORKS.set_forkserver_preload(
+    ["sparsedm.cli.job", "sparsedm.experiments.experiment", "sparsedm.training.runlog", "sklearn.datasets", *_SCHEDULERS]
+)
 
 
 def start(count: int, told: Path, function: Callable, *arguments) -> list[BaseProcess]:

@@ -81,14 +81,15 @@ def test_a_model_whose_inputs_are_not_told_is_described_without_macs(tmp_path):
     assert found["class"] == "UNet3DConditionModel" and found["macs"] == {"dense": None, "sparse": None}
 
 
-def test_ctrl_c_stops_after_a_whole_step():
-    done = []
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_stop_after_a_whole_step(number):
+    before, done = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)], []
 
     def states():
         try:
             for i in range(5):
                 if i == 2:
-                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), number)
                 yield Progress("sample", i, 5)
         finally:
             done.append(i)
@@ -96,6 +97,7 @@ def test_ctrl_c_stops_after_a_whole_step():
     with pytest.raises(common.Stopped, match=r"stopped \(model: sample, 2 of 5\); go on with the same command"):
         common.show("model", states())
     assert done == [2]
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_every_command_has_help_with_an_example():

@@ -1,6 +1,10 @@
 """Data sets repeat from their arguments, are what they say, and name what is wrong."""
 
+import os
 import pickle
+import resource
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
 from sparsedm import data
-from sparsedm.data import StepSampler, word_labels
+from sparsedm.data import StepSampler, pictures, word_labels
 
 
 def _stacked(dataset, workers=0):
@@ -145,6 +149,67 @@ def test_a_broken_picture_is_named_when_it_is_reached(tmp_path):
         with pytest.raises(ValueError) as error:
             dataset[index]
         assert str(tmp_path / name) in str(error.value)
+
+
+def _old_fit(image, size):
+    """Resized whole, then cropped."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(resized.crop((left, top, left + size, top + size)), dtype=int)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (90, 50), (50, 91), (7, 40), (33, 32)])
+def test_what_is_cropped_away_is_not_computed_and_the_rest_is_the_same(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    for target in (16, 32, 45):
+        found = pictures.fit(image, target).permute(1, 2, 0).numpy().astype(int)
+        difference = np.abs(found - _old_fit(image, target))
+        assert difference.max() <= (2 if size[0] != size[1] else 0) and (difference > 0).mean() < 0.002  # of rounding
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and RLIMIT_AS")
+def test_a_long_picture_needs_little_memory(tmp_path):
+    Image.new("L", (1, 3_000_000), 255).save(tmp_path / "a.png")
+    dataset, limits = data.load(f"folder:{tmp_path}"), resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))  # resized whole, it would take 6 GB
+    try:
+        image = dataset[0][0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert image.shape == (3, 32, 32) and (image == 1).all()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_grey_of_16_bits_keeps_its_shades(tmp_path, suffix):
+    shades = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(shades).save(tmp_path / f"a{suffix}")
+    found = data.to_uint8(data.load(f"folder:{tmp_path}", size=64)[0][0]).numpy().astype(float)
+    assert np.abs(found - shades / 257).max() <= 0.51
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_grey_of_unknown_range_is_refused_by_name(tmp_path, dtype):
+    Image.fromarray(np.zeros((8, 8), dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif.*32 bits.*save it with 8 or 16.*remove or replace"):
+        data.load(f"folder:{tmp_path}")[0]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_refused_by_name_and_not_waited_for(tmp_path, kind):
+    path = tmp_path / "a.png"
+    {"pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "folder": os.mkdir}[kind](path)
+    with pytest.raises(ValueError, match=r"a\.png: it is no file; remove"):
+        data.load(f"folder:{tmp_path}")[0]
+
+
+def test_a_decompression_bomb_is_refused_by_name(tmp_path, monkeypatch):
+    _picture(tmp_path / "a.png", size=(64, 64))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"a\.png.*decompression bomb.*remove or replace"):
+        data.load(f"folder:{tmp_path}")[0]
 
 
 def test_an_empty_and_a_missing_folder_are_named(tmp_path):

@@ -249,6 +249,70 @@ def test_a_recipe_that_another_process_carries_out_is_refused(tiny_recipes, tmp_
     assert next(experiment.reproduce("teacher", tiny_recipes, PROTOCOL)).stage == "train"
 
 
+def test_results_are_those_of_the_models_that_are_there(tiny_recipes, monkeypatch):
+    monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
+    for name in ("teacher", "student"):
+        list(experiment.reproduce(name, tiny_recipes, PROTOCOL))
+    path = tiny_recipes / "student" / "results.json"
+    scores = json.loads(path.read_text())["scores"]
+
+    def stages():
+        return [state.stage for state in experiment.reproduce("student", tiny_recipes, PROTOCOL)]
+
+    assert stages() == ["done"]
+    teacher = folders.load(tiny_recipes / "teacher" / "model")
+    torch.nn.init.normal_(teacher.final_layer.weight)
+    folders.save(teacher, tiny_recipes / "teacher" / "model")  # as another training would
+    with pytest.raises(ValueError, match=r"teacher holds pictures of another model; .*remove .*teacher/samples"):
+        stages()
+    (tiny_recipes / "teacher" / "samples-ddim2-1234.safetensors").unlink()
+    assert {"sample the base", "score"} <= set(stages())
+    again = json.loads(path.read_text())["scores"]
+    assert again.pop("ssim_to_base") != scores.pop("ssim_to_base") and again == scores
+    student = folders.load(tiny_recipes / "student" / "model")
+    torch.nn.init.normal_(student.final_layer.weight)
+    folders.save(student, tiny_recipes / "student" / "model")
+    with pytest.raises(ValueError, match=r"student holds pictures of another model"):
+        stages()
+    found = json.loads(path.read_text())
+    del found["sources"]  # as earlier versions wrote it
+    path.write_text(json.dumps(found))
+    with pytest.warns(UserWarning, match=r"results\.json does not say which weights"):
+        assert stages() == ["done"]
+
+
+@pytest.mark.parametrize("name", ["settings.json", "results.json"])
+def test_damaged_files_of_a_run_are_named(tiny_recipes, name):
+    next(experiment.reproduce("teacher", tiny_recipes, PROTOCOL))
+    (tiny_recipes / "teacher" / name).write_text('{"steps": 6, "ba')
+    with pytest.raises(ValueError, match=rf"teacher/{name} is damaged .*; remove it"):
+        next(experiment.reproduce("teacher", tiny_recipes, PROTOCOL))
+
+
+def test_a_run_goes_on_after_its_log_was_cut(tiny_recipes, monkeypatch):
+    monkeypatch.setattr(experiment, "RunLog", functools.partial(runlog.RunLog, every=1))
+    states = experiment.reproduce("teacher", tiny_recipes, PROTOCOL)
+    for _ in range(4):
+        next(states)
+    states.close()
+    log = tiny_recipes / "teacher" / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-20])
+    with pytest.warns(UserWarning, match=r"log\.jsonl was cut"):
+        assert (
+            next(state for state in experiment.reproduce("teacher", tiny_recipes, PROTOCOL) if state.stage == "train").done == 5
+        )
+    assert [line["step"] for line in runlog.read(log)] == [1, 2, 3, 5]
+
+
+def test_a_model_that_a_kill_left_between_two_renames_is_found(tiny_recipes):
+    teacher = UViTModel(**TINY)
+    teacher.register_to_config(noise_schedule=SCHEDULE)
+    folders.save(teacher, tiny_recipes / "teacher" / "model")
+    (tiny_recipes / "teacher" / "model").rename(tiny_recipes / "teacher" / ".model.7.old")
+    assert next(experiment.reproduce("student", tiny_recipes, PROTOCOL)).stage == "train"
+    assert [path.name for path in (tiny_recipes / "teacher").iterdir()] == ["model"]
+
+
 def test_student_that_is_not_sparse_is_not_scored(tiny_recipes):
     model = UViTModel(**TINY)
     model.register_to_config(noise_schedule=SCHEDULE)

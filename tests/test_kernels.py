@@ -1,6 +1,7 @@
 """The packed kernels through their operators and layers: right for any shape, layout and thread, and never out of bounds."""
 
 import copy
+import importlib.util
 import os
 import pickle
 import platform
@@ -428,6 +429,23 @@ def test_what_is_no_convolution_is_refused(kernel, stride, padding):
         torch.ops.sparsedm.nm4_conv2d(torch.randn(1, 16, 5, 5), *buffers, kernel, stride, padding)
 
 
+@per_dtype
+@torch.no_grad()
+def test_strides_beyond_the_picture_read_the_first_pixels(dtype):
+    for stride, padding in [(7, 1), (1000, 1), (2**27, 0), (2**27, 3)]:
+        assert_same(sparse(nn.Conv2d(16, 8, 3, stride, padding)).to(dtype), torch.randn(2, 16, 6, 5, dtype=dtype))
+
+
+@per_dtype
+@pytest.mark.parametrize(
+    ("stride", "padding"), [(2**62, 0), (2**63 - 1, 0), (2**41, 2**40), (2**62, 2**61), (2**30, 2**29), (2**28, 2**27)], ids=str
+)
+def test_sizes_that_overflow_are_refused_by_the_kernel(dtype, stride, padding):
+    buffers = pack(sparse(nn.Conv2d(16, 8, 3)).to(dtype)).buffers()
+    with pytest.raises(ValueError, match=f"no kernel for the sizes .*{stride}, {padding}, .*too large"):
+        torch.ops.sparsedm.nm4_conv2d(torch.randn(1, 16, 5, 5, dtype=dtype), *buffers, [3, 3], stride, padding)
+
+
 def test_small_stacks_are_enough():
     """Python threads may have less stack than a block of sums needs (the sanitizer needs more, so it skips this)."""
     conv, x, results = pack(sparse(nn.Conv2d(64, 256, 3, padding=1))), torch.randn(1, 64, 16, 16), []
@@ -467,7 +485,7 @@ def test_compile_and_export_keep_the_operators():
 SANITIZER = "-fsanitize=address,undefined -fno-sanitize-recover=all -g -O1"
 # A tensor that has lost its end: proof that the sanitizer sees what kernels read, whatever their interface.
 _READ_TOO_FAR = """
-import torch, sparsedm.kernels
+import torch, sparsedm.packing.kernels
 x, values, positions = torch.randn(3, 32), torch.randn(8, 16), torch.zeros(32, dtype=torch.uint8)
 torch.ops.sparsedm.nm4_linear(x, values, positions, None)
 print("within bounds", flush=True)
@@ -513,7 +531,8 @@ def test_address_sanitizer_finds_nothing_in_this_file(tmp_path):
 
 _SHORT_OF_MEMORY = """
 import resource, torch
-from sparsedm import nm, packed
+from sparsedm.masking import nm
+from sparsedm.packing import packed
 conv = torch.nn.Conv2d(64, 8, 3, padding=1).requires_grad_(False)
 conv.weight.copy_(nm.masked(conv.weight, nm.mask(conv.weight, "2:4")))
 fast = packed.packed_layer(conv.eval(), "2:4")
@@ -540,3 +559,77 @@ def test_too_little_memory_is_an_error_and_not_the_end():
     first, same, whole = done.stdout.splitlines()
     assert "could not allocate its panels for x [1, 64, 1600, 1600]" in first
     assert same == "True" and whole == "torch.Size([1, 8, 1600, 1600])"
+
+
+# --- the compiled library ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """`cached()`: the kernels' loader as a new process finds it, with a compiler that notes each call in `cached.compiled`."""
+    source, compiler, compiled = build.library()._name, tmp_path / "compiler", tmp_path / "compiled"
+    compiler.write_text(f"""#!/bin/sh
+[ "$1" = --version ] && exit
+echo >> {compiled}
+while [ "$1" != -o ]; do shift; done
+cp {source} "$2"
+""")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def fresh():
+        spec = importlib.util.spec_from_file_location("sparsedm.packing.kernels.fresh", build.__file__)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    fresh.compiled = lambda: compiled.read_text().count("\n")
+    assert fresh().library() is not None and fresh.compiled() == 1
+    assert fresh().library() is not None and fresh.compiled() == 1  # kept
+    (fresh.library,) = (tmp_path / "sparsedm").glob("*.so")
+    return fresh
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "one bit": lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
+    "no library": lambda content: b"nothing" * 100,
+    "longer": lambda content: content + b"\0",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_library_is_compiled_again(cached, damage):
+    other = cached.library.with_name("other")  # in its own place: that of the library is mapped into this process
+    other.write_bytes(DAMAGE[damage](cached.library.read_bytes()))
+    other.chmod(0o755)
+    os.replace(other, cached.library)
+    assert cached().library().sparsedm_has_bfloat() in (0, 1) and cached.compiled() == 2
+    assert cached().library() is not None and cached.compiled() == 2
+
+
+@pytest.mark.parametrize("loose", ["the library", "its folder"])
+@pytest.mark.parametrize("mode", [0o775, 0o757])
+def test_a_library_that_others_may_write_is_compiled_again(cached, loose, mode):
+    path = cached.library if loose == "the library" else cached.library.parent
+    path.chmod(mode)
+    assert cached().library() is not None and cached.compiled() == 2
+    assert path.stat().st_mode & 0o777 == 0o755
+    assert cached().library() is not None and cached.compiled() == 2
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+def test_what_belongs_to_somebody_else_is_not_loaded(cached):
+    os.chown(cached.library, 65534, 65534)
+    assert cached().library() is not None and cached.compiled() == 2 and cached.library.stat().st_uid == 0
+    os.chown(cached.library.parent, 65534, 65534)
+    module = cached()
+    with pytest.warns(UserWarning, match="kernels are off.*sparsedm belongs to another user; remove it, or set XDG_CACHE_HOME"):
+        assert module.library() is None
+    assert "belongs to another user" in module.why_off() and cached.compiled() == 2
+
+
+def test_a_cache_folder_is_closed_to_others(cached):
+    assert cached.library.parent.stat().st_mode & 0o777 == 0o700 and cached.library.stat().st_mode & 0o777 == 0o755

@@ -75,7 +75,7 @@ def test_training_drops_texts_as_often_as_asked(tmp_path):
 
 
 def test_folders_without_latents_are_refused_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no latents; sparsedm\.latents\.encode"):
+    with pytest.raises(FileNotFoundError, match=r"holds no latents; sparsedm\.data\.latents\.encode"):
         data.load(f"latents:{tmp_path}")
     save_file({"latents": torch.zeros(2, 4, 8, 8)}, tmp_path / "0.safetensors")
     with pytest.raises(ValueError, match=r"0\.safetensors lacks latents, or their labels"):
@@ -83,3 +83,20 @@ def test_folders_without_latents_are_refused_by_name(tmp_path):
     (tmp_path / "0.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"0\.safetensors is not a readable"):
         data.load(f"latents:{tmp_path}")
+    (tmp_path / "0.safetensors").unlink()
+    save_file({"latents": torch.zeros(2, 4, 8, 8), "labels": torch.zeros(2)}, tmp_path / "1.safetensors")
+    wrong = {
+        r"2\.safetensors holds latents of another shape than 1": {"latents": torch.zeros(2, 3, 8, 8), "labels": torch.zeros(2)},
+        r"2\.safetensors: latents \[4, 8\] are not \[n, C, h, w\]": {"latents": torch.zeros(4, 8), "labels": torch.zeros(4)},
+        r"2\.safetensors: .* or \[3\] is not theirs": {"latents": torch.zeros(2, 4, 8, 8), "labels": torch.zeros(3)},
+    }
+    for message, content in wrong.items():
+        save_file(content, tmp_path / "2.safetensors")
+        with pytest.raises(ValueError, match=message):
+            data.load(f"latents:{tmp_path}")
+    (tmp_path / "2.safetensors").unlink()
+    found = data.load(f"latents:{tmp_path}")
+    for name in ("null", "1"):  # damaged before it is opened, and after
+        (tmp_path / f"{name}.safetensors").write_bytes(b"damaged")
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors is not a readable .*encode it anew"):
+            data.load(f"latents:{tmp_path}") if name == "null" else found[0]

@@ -1,15 +1,22 @@
 """SSIM against scikit-image, Fréchet distance against its formula, the classifier against real glyphs."""
 
 import json
+import os
+import re
 
 import numpy as np
 import pytest
 import torch
+import torch_fidelity
 from skimage.metrics import structural_similarity
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.utils import create_feature_extractor
+from typer.testing import CliRunner
 
-from sparsedm import data
+from sparsedm import cli, data
 from sparsedm.checkpoints import folders
-from sparsedm.measure import metrics
+from sparsedm.experiments import experiment
+from sparsedm.measure import evaluation, metrics
 
 HALF = 2048
 
@@ -103,6 +110,75 @@ def test_too_few_samples_for_a_frechet_distance_say_how_many_it_needs(n, m):
 def test_frechet_takes_uint8_only(glyphs):
     with pytest.raises(ValueError, match="uint8"):
         metrics.frechet(glyphs[0][:HALF], glyphs[0][HALF:])
+
+
+# --- Inception --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """torch-fidelity's Inception with random weights, and their file."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        net = FeatureExtractorInceptionV3("random", ["2048"], "")
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    torch.save(net.state_dict(), path)
+    return net, path
+
+
+def test_inceptions_features_are_torch_fidelitys(inception, monkeypatch):
+    net, path = inception
+    images, asked = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), {}
+    names = ("frechet_inception_distance", "kernel_inception_distance_mean", "precision", "recall")
+    monkeypatch.setitem(metrics.MIN_SAMPLES, "fd", 4)
+    monkeypatch.setattr(torch_fidelity, "calculate_metrics", lambda **given: asked.update(given) or dict.fromkeys(names, 0.0))
+    assert set(metrics.frechet(images, images, str(path))) == {"fid", "kid", "precision", "recall", "n"}
+    chosen = {key: value for key, value in asked.items() if key.startswith("feature_extractor")}
+    extractor = create_feature_extractor(chosen.pop("feature_extractor"), ["2048"], cuda=False, verbose=False, **chosen)
+    assert torch.equal(extractor(images)[0], net(images)[0]) and net(images)[0].std() > 0.1
+
+
+class _Trap:
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+def _without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+WRONG = {
+    "code": (lambda state: {**state, "trap": _Trap()}, r"holds pickled code \(posix\.mkdir\), which is not run"),
+    "a list": (lambda state: [1], "holds no state dict"),
+    "a layer less": (lambda state: _without(state, "fc.bias"), r"torch-fidelity's Inception: .*fc\.bias"),
+    "a layer more": (lambda state: {**state, "extra": torch.zeros(1)}, r"torch-fidelity's Inception: .*extra"),
+    "another shape": (lambda state: {**state, "fc.bias": torch.zeros(3)}, r"torch-fidelity's Inception: .*fc\.bias"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_inceptions_weights_are_checked_before_any_work_and_run_no_code(inception, tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    change, message = WRONG[what]
+    torch.save(change(inception[0].state_dict()), "wrong.pth")
+    monkeypatch.setattr(evaluation, "sample", None)
+    options = ("--data", "digits", "--inception", "wrong.pth")
+    evaluated = CliRunner().invoke(cli.app, ["evaluate", "glyphs-uvit", "scores", *options]).exception
+    with pytest.raises(ValueError) as reproduced:
+        next(experiment.reproduce("cifar10-ddpm", "runs", inception="wrong.pth"))
+    for error in (evaluated, reproduced.value):
+        assert isinstance(error, ValueError) and re.match(rf"wrong\.pth .*{message}", str(error)), error
+    assert os.listdir() == ["wrong.pth"]
+
+
+def test_a_missing_inception_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        metrics.check_inception(tmp_path / "nothing.pth")
 
 
 # --- readability ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Packed layers: equal to the folded ones, honest about what they skip, and refused where they cannot work."""
 
 import copy
+import os
 import subprocess
 import sys
 
@@ -184,15 +185,26 @@ def test_what_cannot_be_timed_is_refused_before_anything_changes():
 
 
 _WITHOUT = """
-import warnings, torch, sparsedm
+import pwd, sys, torch, sparsedm
+def nobody(_):
+    raise KeyError("uid not found")
+pwd.getpwuid = nobody
 model = sparsedm.pack(sparsedm.load("glyphs-uvit-2x4"))
-print(sum("no C++ compiler" in row.note for row in sparsedm.report(model).rows))
+print(sum(sys.argv[1] in row.note for row in sparsedm.report(model).rows))
 """
 
 
-def test_without_a_compiler_layers_stay_plain_with_one_warning(tmp_path):
-    environment = {"PATH": "", "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", _WITHOUT], capture_output=True, text=True, env=environment)
+@pytest.mark.parametrize(
+    ("reason", "environment"),
+    [
+        ("no C++ compiler found", {"PATH": "", "XDG_CACHE_HOME": "{}"}),
+        ("there is no home folder to keep them in; set HOME or XDG_CACHE_HOME", {"PATH": os.environ["PATH"]}),
+    ],
+    ids=["compiler", "home"],
+)
+def test_without_kernels_layers_stay_plain_with_one_warning(tmp_path, reason, environment):
+    environment = {key: value.format(tmp_path) for key, value in environment.items()}
+    done = subprocess.run([sys.executable, "-c", _WITHOUT, reason], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "31"
-    assert done.stderr.count("sparse CPU kernels are off, sparse layers run dense: no C++ compiler found") == 1
+    assert done.stderr.count(f"sparse CPU kernels are off, sparse layers run dense: {reason}") == 1

@@ -17,7 +17,7 @@ from ..masking import layers, nm
 from ..packing import tensors
 from ..packing.packed import is_packed, unpack
 from ..pruning import structure
-from ..support.files import replacing_folder
+from ..support.files import replacing_folder, restore
 from . import statedict
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -60,6 +60,8 @@ def _folder_of(name_or_folder: str | Path) -> Path:
     folder = ASSETS / str(name_or_folder)
     if not (folder / CONFIG).exists():
         folder = Path(name_or_folder)
+        for place in (folder, folder / "model"):
+            restore(place)
     if not folder.is_dir():
         raise ValueError(f"unknown model {str(name_or_folder)!r}; bundled: {', '.join(bundled())}; or give a folder")
     parts = (folder / part for part in ("unet", "transformer", "model"))  # of a pipeline, or of a run

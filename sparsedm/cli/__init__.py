@@ -17,7 +17,7 @@ for group in (training, artefacts, experiments):
 
 
 def main() -> None:
-    """Run the command; an error is one readable line and exit code 1, a run stopped by Ctrl-C has exit code 130."""
+    """Run the command; an error is one readable line and exit code 1, a run stopped by Ctrl-C or SIGTERM has exit code 130."""
     try:
         app()
     except Stopped as stopped:

@@ -75,8 +75,7 @@ def generate(
     drawn = show("", states, json, "nothing is written")
     if drawn is None:
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    plots.picture(drawn.images, columns=None if word else round(n**0.5), scale=runlog.scale(drawn.images)).save(out)
+    plots.save(plots.picture(drawn.images, columns=None if word else round(n**0.5), scale=runlog.scale(drawn.images)), out)
     found = {"picture": str(out), "n": n, "ms_per_step": drawn.seconds * 1e3}
     outcome(found, json, f"{out} written: {n} pictures, {steps} steps of {drawn.seconds * 1e3:.1f} ms (median)")
 
@@ -100,12 +99,10 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Score a model's pictures. Example: python -m sparsedm evaluate glyphs-uvit-2x4 scores --n 2048 --base glyphs-uvit"""
-    import json as json_module
-
     from ..checkpoints import folders
     from ..measure import evaluation
     from ..measure.protocol import Protocol
-    from ..support import processes
+    from ..support import files, processes
     from .common import autoencoder, on, outcome, show
 
     protocol, others = Protocol(n, sampler, steps, guidance, seed, batch_size, precision), None
@@ -118,13 +115,16 @@ def evaluate(
     if other:
         evaluation.check_base(loaded, other)
     with processes.claimed(out):
-        images = show("model", evaluation.sample(loaded, out, protocol, dataset=data, vae=decoder), json)
-        if other:
-            others = show("base", evaluation.sample(other, out / "base", protocol, dataset=data, vae=decoder), json)
+        told = {"dataset": data, "vae": decoder}
+        own = evaluation.sample(loaded, out, protocol, **told)  # both folders are checked before anything is drawn
+        compared = evaluation.sample(other, out / "base", protocol, **told) if base else None
+        images = show("model", own, json)
+        if compared:
+            others = show("base", compared, json)
     if not processes.is_main():
         return
     scores = evaluation.score(images, evaluation.labels(loaded, n), data, others, inception, reference)
-    (out / "scores.json").write_text(json_module.dumps(scores, indent=2) + "\n")
+    files.write_json(out / "scores.json", scores)
     outcome(scores, json, "\n".join(f"{name:14} {value:.4g}" for name, value in scores.items()))
 
 

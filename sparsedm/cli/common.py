@@ -26,18 +26,22 @@ Tell = Callable[..., None]  # tell(title, done, total, note="", pictures=0): `pi
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[list]:
-    """Within it Ctrl-C only fills the list, so that a loop can end after a whole step; a second one stops at once."""
+    """Within it Ctrl-C and SIGTERM only fill the list, so that a loop can end after a whole step; a second one stops at once."""
     pressed = []
 
     def note(signum, frame) -> None:
         pressed.append(signum)
-        signal.signal(signal.SIGINT, before)
+        restore()
 
-    before = signal.signal(signal.SIGINT, note)
+    def restore() -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 @contextlib.contextmanager
@@ -105,7 +109,7 @@ def show(title: str, states: Iterator, quiet: bool = False, remedy: str = "go on
     """Show how far a generator of `Progress` is, by its stages; returns what the generator returns.
 
     Raises:
-        Stopped: by Ctrl-C, after a whole step, with the `remedy`; the generator is closed then.
+        Stopped: by Ctrl-C or SIGTERM, after a whole step, with the `remedy`; the generator is closed then.
     """
     try:
         state = next(states)  # what is refused is refused before there is a bar

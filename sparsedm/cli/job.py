@@ -40,7 +40,7 @@ class Job(JobOptions):
 
         Raises:
             ValueError: the folder holds a run and `resume` was not asked for, or the other way round.
-            Stopped: by Ctrl-C; a checkpoint was left.
+            Stopped: by Ctrl-C or SIGTERM; a checkpoint was left.
         """
         dtype, tracker = folders.dtype_of(self.dtype), runlog.tracker_class(self.track)
         on(self.device)

@@ -1,12 +1,13 @@
 """Pictures as an autoencoder's latents: encoded once into a folder, trained on from there, decoded when they are looked at."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from ..support import seeds
@@ -25,7 +26,7 @@ class Latents(Dataset):
 
     Raises:
         FileNotFoundError: no such folder, or no safetensors file in it.
-        ValueError: a file that cannot be read, or that lacks latents or labels (named).
+        ValueError: a file that cannot be read, lacks latents or labels, or whose latents have another shape (named).
     """
 
     classes = ()
@@ -35,32 +36,47 @@ class Latents(Dataset):
         paths = sorted(path for path in self.folder.glob("*.safetensors") if path.name != NULL)
         if not paths:
             raise FileNotFoundError(f"{self.folder} holds no latents; sparsedm.data.latents.encode writes them")
-        self._entries = [(path, i) for path in paths for i in range(self._length(path))]
-        self.null = load_file(self.folder / NULL) if (self.folder / NULL).exists() else {}
-        with safe_open(paths[0], "pt") as file:
-            self.channels, _, self.size = file.get_slice("latents").get_shape()[1:]
-
-    @staticmethod
-    def _length(path: Path) -> int:
-        try:
-            with safe_open(path, "pt") as file:
-                missing = {"latents"} - set(file.keys()) or not {"labels", "encoder_hidden_states"} & set(file.keys())
-                if missing:
-                    raise ValueError(f"{path} lacks latents, or their labels or encoder_hidden_states")
-                return file.get_slice("latents").get_shape()[0]
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        shapes = {path: _shape(path) for path in paths}
+        _, self.channels, _, self.size = first = shapes[paths[0]]
+        if others := [path for path in paths if shapes[path][1:] != first[1:]]:
+            raise ValueError(f"{others[0]} holds latents of another shape than {paths[0].name}; encode them anew")
+        self._entries = [(path, i) for path in paths for i in range(shapes[path][0])]
+        self.null = {}
+        if (self.folder / NULL).exists():
+            with _opened(self.folder / NULL) as file:
+                self.null = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __getitem__(self, index: int):
         path, i = self._entries[index]
-        with safe_open(path, "pt") as file:
+        with _opened(path) as file:
             latent = file.get_slice("latents")[i : i + 1][0].float()
             if "encoder_hidden_states" in file.keys():  # noqa: SIM118 - safe_open is no dict
                 return latent, {"encoder_hidden_states": file.get_slice("encoder_hidden_states")[i : i + 1][0].float()}
             return latent, int(file.get_slice("labels")[i : i + 1][0])
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); encode it anew") from error
+
+
+def _shape(path: Path) -> list[int]:
+    """[n, C, h, w] of the latents in a file. Raises ValueError, with its name, if they or what belongs to them is not there."""
+    with _opened(path) as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    latents, told = shapes.get("latents"), shapes.get("encoder_hidden_states") or shapes.get("labels")
+    if latents is None or told is None:
+        raise ValueError(f"{path} lacks latents, or their labels or encoder_hidden_states")
+    if len(latents) != 4 or told[:1] != latents[:1]:
+        raise ValueError(f"{path}: latents {latents} are not [n, C, h, w], or {told} is not theirs; encode them anew")
+    return latents
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 from .base import to_float
@@ -44,17 +44,34 @@ class ImageFolder(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path = self._paths[index]
         try:
+            if not path.is_file():  # a pipe or a device would be waited for
+                raise ValueError("it is no file")
             with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+                image = rgb(file)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read the picture {path}: {error}; remove or replace it") from error
         return to_float(fit(image, self.size)), self._labels[index]
 
 
+def rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB with 8 bits a channel; grey of 16 bits is scaled, where Pillow would clip it to white.
+
+    Raises:
+        ValueError: grey of 32 bits, whose range is not known.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older versions of Pillow call it "I"
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its grey has 32 bits, of unknown range; save it with 8 or 16")
+    return image.convert("RGB")
+
+
 def fit(image: Image.Image, size: int) -> torch.Tensor:
-    """Resize the shorter side to `size` and crop the centre: uint8 [3, size, size]."""
+    """Resize the shorter side to `size` and crop the centre: uint8 [3, size, size]. Only what is kept is computed."""
     scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return torch.from_numpy(np.array(image.crop((left, top, left + size, top + size)))).permute(2, 0, 1)
+    whole = [max(size, round(side * scale)) for side in image.size]  # of the resized picture
+    starts = [(length - size) // 2 for length in whole]
+    ends = [start + size for start in starts]
+    box = [at * side / length for at, side, length in zip((*starts, *ends), image.size * 2, whole * 2, strict=True)]
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

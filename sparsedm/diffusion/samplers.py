@@ -81,8 +81,8 @@ def sample(
 
     Raises:
         ValueError: a model that this package cannot call (`denoisers.FAMILIES`), one that predicts a flow or takes text and gets
-            no `conditioning`, a scheduler that is not for models like this, guidance for a model without classes, a class that the
-            model does not have, or steps out of range.
+            no `conditioning`, a scheduler that is not for models like this, guidance for a model without classes or out of range,
+            a class that the model does not have, or steps out of range.
     """
     denoisers.refuse_unknown(model, PIPELINE)
     if denoisers.of(model).flow:

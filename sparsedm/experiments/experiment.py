@@ -5,12 +5,14 @@ model, the pictures it was scored on and `results.json`. Only the saved model is
 Several processes share training and sampling; the main one writes and scores.
 """
 
+import contextlib
 import copy
 import datetime
 import hashlib
 import json
 import platform
 import subprocess
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,18 +25,18 @@ from torch import nn
 from .. import data, plots
 from ..checkpoints import folders
 from ..masking import layers, nm
-from ..measure import evaluation, macs, metrics
+from ..measure import evaluation, fingerprint, macs, metrics
 from ..measure.evaluation import Progress
 from ..models import denoisers
 from ..models.uvit import UViTModel
 from ..pruning import diffpruning, structure
 from ..support import processes
-from ..support.files import replacing
+from ..support.files import read_json, replacing, restore, write_json
 from ..training import distill
 from ..training.runlog import RunLog, read
 from . import glyph_classifier
 from .recipes import CLASSIFIER, Protocol, Recipe, recipe, run_name
-from .results import RESULTS, RESULTS_FILE, card, write_json
+from .results import RESULTS, RESULTS_FILE, card
 
 IMPORTANCE_PICTURES = 128  # as many as the Diff-Pruning code takes of CIFAR-10
 KEPT = 36  # pictures that are shown with a stored result: one of each character
@@ -85,8 +87,10 @@ def reproduce(
     evaluation.check(protocol.n, chosen.data, inception)
     with processes.claimed(folder):
         if processes.is_main():
+            restore(folder / "model")
             _note_settings(folder, settings)
-        results = processes.from_main(_finished(folder / RESULTS_FILE, protocol))
+        sources = _sources(chosen, Path(out), folder, inception, vae, reference) if processes.is_main() else {}
+        results = processes.from_main(_finished(folder / RESULTS_FILE, protocol, sources) if processes.is_main() else None)
         if results is None:
             if not processes.from_main((folder / "model" / folders.CONFIG).exists()):
                 made = yield from _make(chosen, Path(out), folder, settings, seed)
@@ -102,6 +106,7 @@ def reproduce(
             results = {"name": run, "command": f"python -m sparsedm reproduce {name}" + (f" --seed {seed}" if seed else "")}
             results |= {"seed": seed, "scores": scores, "curve": curve, "protocol": asdict(protocol)}
             results |= {**_facts(chosen, model, folder, settings), "commit": commit}
+            results["sources"] = _sources(chosen, Path(out), folder, inception, vae, reference)
             write_json(folder / RESULTS_FILE, results)
     if bundle and processes.is_main():
         write_json(RESULTS / f"{run}.json", results)
@@ -124,16 +129,37 @@ def _save(model: nn.Module, folder: Path) -> None:
     processes.wait()
 
 
-def _finished(path: Path, protocol: Protocol) -> dict | None:
-    """The results, if they were written under this protocol."""
-    results = json.loads(path.read_text()) if path.exists() else {}
-    return results if results.get("protocol") == asdict(protocol) else None
+def _sources(chosen: Recipe, out: Path, folder: Path, inception: str | None, vae: str | None, reference: str) -> dict[str, str]:
+    """Fingerprints of what is scored and compared with, as far as it is there and named."""
+    found = {}
+    if (folder / "model" / folders.CONFIG).exists():
+        found["model"] = fingerprint.of_model(folders.load(folder / "model"))
+    with contextlib.suppress(ValueError):  # a finished run does not need its base
+        found["base"] = fingerprint.of_model(folders.load(_base(chosen, out)[0])) if chosen.base else ""
+    if inception:
+        found["inception"] = fingerprint.of_tensors({}, hashlib.sha256(Path(inception).read_bytes()).hexdigest())
+    if vae:
+        found["vae"] = fingerprint.of_model(AutoencoderKL.from_pretrained(vae))
+    if reference:
+        found["reference"] = fingerprint.of_tensors({}, reference)
+    return found
+
+
+def _finished(path: Path, protocol: Protocol, sources: dict) -> dict | None:
+    """The results, if they were written under this protocol, of these sources."""
+    results = read_json(path, "remove it, and the model is scored again") if path.exists() else {}
+    if results.get("protocol") != asdict(protocol):
+        return None
+    if "sources" not in results:
+        warnings.warn(f"{path} does not say which weights it is about; remove it to score the model again", stacklevel=3)
+        return results
+    return results if results["sources"].items() >= sources.items() else None
 
 
 def _note_settings(folder: Path, settings: dict) -> None:
     """Note the settings in the folder, or refuse a folder that holds a run with others."""
     path, settings = folder / "settings.json", json.loads(json.dumps(settings))
-    if path.exists() and json.loads(path.read_text()) != settings:
+    if path.exists() and read_json(path, "remove it if the run beside it has the same settings") != settings:
         raise ValueError(f"{folder} holds a run with other settings ({path}); use another output folder, or remove it")
     write_json(path, settings)
 
@@ -173,17 +199,18 @@ def _pictures(
     main one.
     """
     decoder = AutoencoderKL.from_pretrained(vae).to(model.device) if vae else None
-    images = yield from evaluation.sample(model, folder, protocol, "sample", chosen.data, decoder)
-    base_images, early = None, []
-    if chosen.base:
+    told = {"dataset": chosen.data, "vae": decoder}
+    own, base, base_images, early = evaluation.sample(model, folder, protocol, **told), None, None, []
+    if chosen.base:  # its folder, too, is checked before anything is drawn
         source, made_here = _base(chosen, out)
         place = out / chosen.base if made_here else folder / "base"
-        base_images = yield from evaluation.sample(_load(source), place, protocol, "sample the base", chosen.data, decoder)
+        base = evaluation.sample(_load(source), place, protocol, "sample the base", **told)
+    images = yield from own
+    if base:
+        base_images = yield from base
     for step in (step for step in chosen.watch if _at(folder, step).exists()):
         few, watched = replace(protocol, n=WATCH_PICTURES), _load(_at(folder, step))
-        pictures = yield from evaluation.sample(
-            watched, folder / f"step-{step}", few, f"sample step {step}", chosen.data, decoder
-        )
+        pictures = yield from evaluation.sample(watched, folder / f"step-{step}", few, f"sample step {step}", **told)
         early.append((step, pictures))
     if not processes.is_main():
         return None
@@ -195,6 +222,7 @@ def _pictures(
 def _base(chosen: Recipe, out: Path) -> tuple[str | Path, bool]:
     """Where the base's model is, and whether it was made in `out` (else it is the bundled one)."""
     made_here = out / chosen.base / "model"
+    restore(made_here)
     if (made_here / folders.CONFIG).exists():
         return made_here, True
     if chosen.base not in folders.bundled():
@@ -244,7 +272,7 @@ def _pruned(model: nn.Module, chosen: Recipe, folder: Path, seed: int) -> Iterat
 
 def _importance(model: nn.Module, dataset: str, threshold: float, seed: int, folder: Path) -> Iterator[Progress]:
     """Give the model the gradients of Diff-Pruning's importance; kept in `folder` for other recipes of these weights."""
-    path = folder / f"importance-{threshold:g}-{seed}-{_fingerprint(model)}.safetensors"
+    path = folder / f"importance-{threshold:g}-{seed}-{fingerprint.of_model(model)}.safetensors"
     if processes.is_main() and not path.exists():
         pictures = data.load(dataset, n=IMPORTANCE_PICTURES, size=denoisers.picture_size(model))
         images, labels = data.stack(pictures, IMPORTANCE_PICTURES)
@@ -257,13 +285,6 @@ def _importance(model: nn.Module, dataset: str, threshold: float, seed: int, fol
     gradients = load_file(path, device=str(model.device))
     for name, parameter in model.named_parameters():
         parameter.grad = gradients.get(name)
-
-
-def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()[:8]
 
 
 def _check_pattern(model: nn.Module, chosen: Recipe) -> None:

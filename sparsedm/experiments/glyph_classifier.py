@@ -12,8 +12,9 @@ from ..checkpoints import folders
 from ..measure.evaluation import Progress
 from ..models.classifier import GlyphClassifier
 from ..support import processes
+from ..support.files import write_json
 from .recipes import CLASSIFIER
-from .results import RESULTS, RESULTS_FILE, write_json
+from .results import RESULTS, RESULTS_FILE
 
 
 def reproduce(folder: Path, bundle: bool) -> Iterator[Progress]:

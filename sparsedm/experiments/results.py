@@ -12,7 +12,6 @@ from PIL import Image
 
 from ..checkpoints import folders
 from ..support import markdown
-from ..support.files import replacing
 from .recipes import RECIPES, Recipe, recipe, run_name
 
 RESULTS = folders.ASSETS / "results"
@@ -76,12 +75,6 @@ class Row:
     @functools.cached_property
     def _timed(self) -> dict:
         return next((row for row in times() if row["name"] == _timed_as(self.name)), {})
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a results file, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def pictures(name: str) -> Image.Image | None:

@@ -3,14 +3,16 @@
 Several processes share the pictures, batch by batch; they are the same for any number of processes.
 """
 
+import contextlib
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import default_collate
@@ -20,10 +22,11 @@ from ..data import latents
 from ..models import denoisers
 from ..support import processes
 from ..support.files import replacing
-from . import metrics
+from . import fingerprint, metrics
 from .protocol import Protocol
 
 CHUNK = 500  # pictures sampled between two saves, or more: whole batches, and one for every process
+_ORIGIN = {"model": "another model", "vae": "another autoencoder", "texts": "other texts"}  # what pictures are of
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,25 @@ def sample(
 ) -> Iterator[Progress]:
     """Sample the protocol's pictures, saving them every `CHUNK` in `folder`: in parts, at the end in one file.
 
-    A generator that returns them, uint8 [n, C, H, W], in the main process, and None in the others.
+    A generator that returns them, uint8 [n, C, H, W], in the main process, and None in the others. Pictures that are there
+    already, of the same model, are taken up; those that do not say of which model they are, are drawn again with a warning.
 
     Args:
         dataset: the data set whose first texts are asked for, for models that take text.
         vae: what decodes the latents that the model makes.
+
+    Raises:
+        ValueError: `folder` holds pictures of another model, autoencoder or texts, or damaged ones; raised at the call.
     """
-    path = samples_file(folder, protocol)
-    settings = {k: str(v) for k, v in asdict(protocol).items() if k != "n"}
-    parts = _saved(path, settings) if processes.is_main() else []
-    done, asked = processes.from_main(sum(map(len, parts))), _asked(model, protocol.n, dataset)
+    path, texts, settings, parts = samples_file(folder, protocol), _texts(model, dataset), {}, []
+    if processes.is_main():
+        settings = {k: str(v) for k, v in asdict(protocol).items() if k != "n"} | _origin(model, vae, texts)
+        parts = _saved(path, settings)
+    return _sample(model, path, protocol, stage, texts, vae, settings, parts)
+
+
+def _sample(model, path, protocol, stage, texts, vae, settings, parts) -> Iterator[Progress]:
+    done, asked = processes.from_main(sum(map(len, parts))), _asked(model, protocol.n, texts)
     batches = range(done, protocol.n, protocol.batch_size)
     at_once = processes.state().num_processes
     between_saves = max(-(-CHUNK // protocol.batch_size), at_once)
@@ -83,13 +95,31 @@ def _draw(model: nn.Module, protocol: Protocol, start: int, end: int, asked: dic
         return diffusion.generate(model, noise, **options)
 
 
-def _asked(model: nn.Module, n: int, dataset: str) -> Callable[[int, int], dict]:
+def _texts(model: nn.Module, dataset: str) -> latents.Latents | None:
+    """The data set whose texts the model is asked for, if the model takes text."""
+    if denoisers.null_label(model) is not None or not dataset.startswith("latents:"):
+        return None
+    found = data.load(dataset)
+    return found if isinstance(found[0][1], dict) else None
+
+
+def _origin(model: nn.Module, vae: AutoencoderKL | None, texts: latents.Latents | None) -> dict[str, str]:
+    """What makes the pictures, beside the protocol: fingerprints by the keys of `_ORIGIN`."""
+    found = {"model": fingerprint.of_model(model)}
+    if vae is not None:
+        found["vae"] = fingerprint.of_model(vae)
+    if texts is not None:  # their number, the first, the last and the empty one
+        some = {f"{i}.{k}": v for i in (0, len(texts) - 1) for k, v in texts[i][1].items()}
+        found["texts"] = fingerprint.of_tensors(some | texts.null, str(len(texts)))
+    return found
+
+
+def _asked(model: nn.Module, n: int, texts: latents.Latents | None) -> Callable[[int, int], dict]:
     """What conditions the pictures from one number to another, as arguments of `diffusion.generate`."""
     classes = labels(model, n)
     if classes is not None:
         return lambda start, end: {"class_labels": classes[start:end]}
-    texts = data.load(dataset) if dataset.startswith("latents:") else None
-    if texts is None or not isinstance(texts[0][1], dict):
+    if texts is None:
         return lambda start, end: {}
 
     def conditions(start: int, end: int) -> dict:
@@ -106,8 +136,13 @@ def samples_file(folder: Path, protocol: Protocol) -> Path:
 
 
 def sampled(folder: Path, protocol: Protocol, n: int) -> torch.Tensor:
-    """The first n pictures [n, C, H, W] that `sample` left in `folder`, in [-1, 1]. Raises OSError if there are none."""
-    with safe_open(samples_file(folder, protocol), "pt") as file:
+    """The first n pictures [n, C, H, W] that `sample` left in `folder`, in [-1, 1].
+
+    Raises:
+        OSError: there are none.
+        ValueError: their file is damaged.
+    """
+    with _opened(samples_file(folder, protocol)) as file:
         return data.to_float(file.get_slice("images")[:n])
 
 
@@ -122,14 +157,30 @@ def _save(images: torch.Tensor, path: Path, settings: dict[str, str]) -> None:
 
 
 def _saved(path: Path, settings: dict[str, str]) -> list[torch.Tensor]:
-    """Pictures of an earlier run under the same protocol: those in the file, and the parts that follow them."""
+    """Pictures of an earlier run of the same model under the same protocol: those in the file, and the parts that follow them."""
     kept = []
     for source in ([path] if path.exists() else []) + sorted(_parts(path).glob("*.safetensors")):
         begins = 0 if source == path else int(source.stem)
-        with safe_open(source, "pt") as file:
-            if begins == sum(map(len, kept)) and file.metadata() == settings:
+        with _opened(source) as file:
+            found, place = file.metadata() or {}, path if source == path else source.parent
+            if "model" not in found:
+                warnings.warn(f"{place} does not say which model drew its pictures; they are drawn again", stacklevel=3)
+                continue
+            for key, other in _ORIGIN.items():
+                if found.get(key) != settings.get(key):
+                    raise ValueError(f"{path.parent} holds pictures of {other}; choose another folder, or remove {place}")
+            if begins == sum(map(len, kept)) and found == settings:
                 kept.append(file.get_tensor("images"))
     return kept
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and its pictures are drawn again") from error
 
 
 def labels(model: nn.Module, n: int) -> torch.Tensor | None:
@@ -139,10 +190,14 @@ def labels(model: nn.Module, n: int) -> torch.Tensor | None:
 
 
 def check(n: int, dataset: str, inception: str | None = None, reference: str = "") -> None:
-    """Raise ValueError if `score` would find n pictures too few, or OSError or ValueError if there is no `reference`.
+    """What `score` needs besides n pictures, for before they are drawn.
 
-    For before they are drawn.
+    Raises:
+        ValueError: too few pictures, or Inception's weights that cannot be used.
+        OSError: no `reference`, or no file of Inception's weights.
     """
+    if inception:
+        metrics.check_inception(inception)
     if reference:
         data.load(reference)
     if dataset.startswith("glyphs") or inception:

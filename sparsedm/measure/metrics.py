@@ -6,18 +6,20 @@ SSIM compares two models' pictures from the same noise; readability is how often
 """
 
 import functools
+import io
 
 import torch
 import torch.nn.functional as F
 import torch_fidelity
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from .. import data
-from ..checkpoints import folders
+from ..checkpoints import folders, statedict
 from ..models.classifier import FEATURES, GlyphClassifier
 
-GLYPH_EXTRACTOR = "sparsedm-glyphs"
+GLYPH_EXTRACTOR, INCEPTION = "sparsedm-glyphs", "sparsedm-inception"
 KID_SUBSET = 1000
 MIN_SAMPLES = {"fd": 2048, "kd": KID_SUBSET, "readability": 36}
 
@@ -66,7 +68,27 @@ class _GlyphFeatures(FeatureExtractorBase):
         return (self.classifier.features(grey),)
 
 
+class _Inception(FeatureExtractorInceptionV3):
+    """torch-fidelity's Inception, its weights read as tensors only: torch-fidelity itself would run what is pickled with them."""
+
+    def __init__(self, name, features_list, feature_extractor_weights_path, **kwargs):
+        state, weights = statedict.read(feature_extractor_weights_path), io.BytesIO()
+        torch.save(state, weights)
+        weights.seek(0)
+        try:
+            super().__init__(name, features_list, weights, **kwargs)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(f"{feature_extractor_weights_path} does not hold torch-fidelity's Inception: {reason}") from error
+
+
 torch_fidelity.register_feature_extractor(GLYPH_EXTRACTOR, _GlyphFeatures)
+torch_fidelity.register_feature_extractor(INCEPTION, _Inception)
+
+
+def check_inception(weights: str) -> None:
+    """Raise OSError or ValueError, with the file's name, if `weights` are not torch-fidelity's Inception weights."""
+    _Inception(INCEPTION, ["2048"], weights)
 
 
 class _Rgb(Dataset):
@@ -99,10 +121,11 @@ def frechet(images: torch.Tensor, reference: torch.Tensor | Dataset, weights: st
 
     Raises:
         TooFewSamples: fewer than 2,048 pictures on either side.
+        OSError, ValueError: `weights` cannot be read as tensors, or are not Inception's.
     """
     n = min(len(images), len(reference))
     require("a Fréchet distance", n, MIN_SAMPLES["fd"])
-    chosen = {"feature_extractor": "inception-v3-compat", "feature_extractor_weights_path": weights}
+    chosen = {"feature_extractor": INCEPTION, "feature_extractor_weights_path": weights}
     scores = torch_fidelity.calculate_metrics(
         input1=_Rgb(images), input2=_Rgb(reference), cuda=torch.cuda.is_available(), verbose=False, cache=False,
         save_cpu_ram=True,  # no worker processes

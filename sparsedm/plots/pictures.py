@@ -18,9 +18,7 @@ def check_file(path: str | Path) -> None:
         ValueError: pictures of this suffix cannot be written.
         OSError: nothing can be written there.
     """
-    suffix, formats = Path(path).suffix.lower(), Image.registered_extensions()
-    if formats.get(suffix) not in Image.SAVE:
-        raise ValueError(f"{path} does not end as a picture does, such as .png or .jpg")
+    _format(path)
     files.check_writable(path)
 
 
@@ -46,6 +44,26 @@ def picture(
         canvas[y : y + height, x : x + width] = tile
     image = Image.fromarray((canvas * 255).round().astype(np.uint8))
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def save(image: Image.Image, path: str | Path) -> None:
+    """Write an image in the format that the suffix of `path` names, whole or not at all.
+
+    Raises:
+        ValueError: no format has this suffix.
+        OSError: it cannot be written; an earlier picture stays.
+    """
+    kind = _format(path)
+    with files.replacing(path) as temporary:
+        image.save(temporary, kind)
+
+
+def _format(path: str | Path) -> str:
+    """The picture format that the suffix of `path` names."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{path} does not end as a picture does, such as .png or .jpg")
+    return kind
 
 
 def word_card(images: torch.Tensor, *, size: tuple[int, int] = (1200, 280), ink: str = INK, paper: str = PAPER) -> Image.Image:

@@ -3,14 +3,20 @@
 import contextlib
 import errno
 import fcntl
+import glob
+import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
 _WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # safetensors and torch.save have their own for a full disk
+_OLD = ".old"  # ends the name of a folder that is being replaced
+_FULL = 1 << 20  # free bytes below which a disk is called full
 
 
 @contextlib.contextmanager
@@ -24,11 +30,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-    except _WRITE_ERRORS as error:
-        raise _failed(path, error) from error
+        with writing(path):
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -47,23 +52,30 @@ def check_writable(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """As `replacing`, for a whole folder: an existing folder stays until the new one is complete."""
+    """As `replacing`, for a whole folder: an existing folder stays until the new one is complete.
+
+    A process that is killed between the two renames at the end leaves neither folder at `path`; `restore` repairs this.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    restore(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = temporary.with_suffix(_OLD)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-    except _WRITE_ERRORS as error:
-        raise _failed(path, error) from error
+        with writing(path):
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            if path.exists():
+                os.replace(path, old)
+            try:
+                os.replace(temporary, path)
+            except FileNotFoundError:
+                if not path.exists():  # else somebody who looked for it has put it there
+                    raise
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)
@@ -71,9 +83,53 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _failed(path: Path, error: Exception) -> OSError:
-    reason = getattr(error, "strerror", None) or error
-    return OSError(getattr(error, "errno", None) or errno.EIO, f"could not write {path} ({reason}); what was there is untouched")
+def restore(path: str | Path) -> None:
+    """Put back the folder `path` if a process was killed while it replaced it: the new folder, which is complete by then.
+
+    For those who look for `path`; nothing happens if it is there.
+    """
+    path = Path(path)
+    for old in () if path.exists() else path.parent.glob(f".{glob.escape(path.name)}.*{_OLD}"):
+        new = old.with_suffix(".tmp")
+        with contextlib.suppress(OSError):  # another process was faster
+            os.replace(new if new.is_dir() else old, path)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, kept: str = "what was there is untouched") -> Iterator[None]:
+    """Within it, an error of writing becomes an OSError that names `path`, the reason and what is `kept`."""
+    try:
+        yield
+    except _WRITE_ERRORS as error:
+        path, reason = Path(path), getattr(error, "strerror", None) or str(error)
+        code = getattr(error, "errno", None) or errno.EIO
+        if not isinstance(error, OSError) and _is_full(path.parent):
+            code, reason = errno.ENOSPC, os.strerror(errno.ENOSPC)
+        raise OSError(code, f"could not write {path} ({reason}); {kept}") from error
+
+
+def _is_full(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(folder).free < _FULL
+    return False
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON for people to read, whole or not at all. Raises OSError as `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: str | Path, remedy: str) -> dict:
+    """The object in a JSON file. Raises ValueError, which names the file and the remedy, if it holds none."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+    return content
 
 
 def _flush(path: Path) -> None:
@@ -90,11 +146,12 @@ def claimed(folder: str | Path) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process has it.
+        OSError: its `.claim` is no plain file.
     """
     folder = Path(folder)
     claim, made_here = folder / ".claim", not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(claim, "w") as file:
+    with _opened(claim) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # systems differ
@@ -110,8 +167,25 @@ def claimed(folder: str | Path) -> Iterator[None]:
             raise
 
 
+def _opened(claim: Path) -> IO:
+    """The file to lock, made if need be; a link to another file is not followed, and nothing is truncated."""
+    try:
+        descriptor = os.open(claim, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, f"{claim} is a symbolic link, which is not followed; remove it") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"{claim} is no plain file; remove it")
+    return os.fdopen(descriptor, "r+")
+
+
 def sweep(folder: str | Path) -> None:
     """Remove what killed processes left half written in a folder; for those who have claimed it."""
+    for old in Path(folder).glob(f".*{_OLD}"):
+        restore(old.with_name(old.name[1:].rsplit(".", 2)[0]))
+        shutil.rmtree(old, ignore_errors=True)
     for left in Path(folder).glob(".*.tmp"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)

@@ -1,6 +1,7 @@
 """A training run's log: a file of JSON lines, one for every so many steps, and a tracker such as TensorBoard, if there is one."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from .. import diffusion, plots
 from ..masking import layers
 from ..models import denoisers
 from ..support import processes
-from ..support.files import replacing
+from ..support.files import replacing, writing
 from . import distill
 
 NO_TRACKER, BEST_TRACKER = "none", ""
@@ -40,7 +41,7 @@ class RunLog:
         if self.masks:
             line["mask_change"] = layers.mask_change(self.masks, now)
         self.masks, self.sums, self.count = now, {}, 0
-        with open(self.path, "a") as file:
+        with writing(self.path, "its earlier lines and the last checkpoint are kept"), open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.tracker:
             self.tracker.log({name: value for name, value in line.items() if name != "step"}, step=state.step)
@@ -53,8 +54,7 @@ class RunLog:
         labels = None if null is None else torch.arange(GRID) % null
         images = diffusion.generate(model, diffusion.start_noise(model, GRID), sampler="dpm++", steps=20, class_labels=labels)
         grid, path = plots.picture(images, columns=4, scale=scale(images)), self.path.parent / "samples" / f"{state.step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        grid.save(path)
+        plots.save(grid, path)
         if self.tracker:
             layout = {"dataformats": "NHWC"} if self.tracker.name == "tensorboard" else {}
             self.tracker.log_images({"samples": np.asarray(grid)[None]}, step=state.step, **layout)
@@ -103,5 +103,24 @@ def start_tracker(cls: type[GeneralTracker], folder: Path, settings: dict) -> Ge
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a log, none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of a log, none if there is no file. A last line that a killed run has cut is left out, with a warning.
+
+    Raises:
+        ValueError: another line is damaged; it is named.
+    """
+    lines, found = path.read_bytes().splitlines() if path.exists() else [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(_parsed(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"line {number} of {path} is damaged ({error}); remove the line") from error
+            warnings.warn(f"the last line of {path} was cut; it is left out", stacklevel=2)
+    return found
+
+
+def _parsed(line: bytes) -> dict:
+    found = json.loads(line)
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+        raise ValueError("it names no step")
+    return found

@@ -8,8 +8,9 @@ import functools
 
 import torch
 
-from .build import library
+from .build import library, why_off
 
+_NO_KERNEL = 2  # as in nm_kernels.cpp
 _definitions = torch.library.Library("sparsedm", "DEF")
 _definitions.define("nm4_linear(Tensor x, Tensor values, Tensor positions, Tensor? bias) -> Tensor")
 _definitions.define(
@@ -33,7 +34,7 @@ def why_not(inputs: int, outputs: int, kept: int, dtype: torch.dtype) -> str:
     if dtype == torch.bfloat16 and (kept != 2 or outputs % 2):
         return f"no packed bfloat16 kernel for {kept}:4 and {outputs} outputs"
     if library() is None:
-        return "no C++ compiler for the packed kernels"
+        return f"the packed kernels are off: {why_off()}"
     return "" if available(dtype) else "no bfloat16 instructions (AVX512-BF16) for the packed kernels"
 
 
@@ -64,7 +65,8 @@ def nm4_conv2d(
     """Convolution: x [B, in, H, W] to [B, out, H', W'], one stride and zero padding for both axes.
 
     Raises:
-        ValueError: another dtype or device, shapes that do not fit, or no kernels on this machine.
+        ValueError: another dtype or device, shapes that do not fit, stride or padding that are too large to compute with, or no
+            kernels on this machine.
     """
     if x.dim() != 4 or x.shape[1] % 4:
         raise ValueError(f"x is [B, C, H, W] with C a multiple of 4, not {list(x.shape)}")
@@ -105,7 +107,10 @@ def _call(name: str, tensors: tuple[torch.Tensor | None, ...], *sizes: int) -> N
     bias = None if bias is None else bias.float().contiguous()  # in float32, as the sums
     torch.get_num_threads()  # makes torch.set_num_threads hold in a Python thread that has not used torch yet
     pointers = x.data_ptr(), values.data_ptr(), positions.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
-    if getattr(library(), name)(*pointers, x.dtype == torch.bfloat16, *sizes):
+    status = getattr(library(), name)(*pointers, x.dtype == torch.bfloat16, *sizes)
+    if status == _NO_KERNEL:
+        raise ValueError(f"{name} has no kernel for the sizes {sizes}; stride or padding may be too large")
+    if status:
         raise MemoryError(f"{name} could not allocate its panels for x {list(x.shape)}")
 
 

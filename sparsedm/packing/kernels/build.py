@@ -1,4 +1,7 @@
-"""Compile the C++ kernels with the system's compiler on first use, and keep the result in the user's cache folder."""
+"""Compile the C++ kernels with the system's compiler on first use, and keep the result in the user's cache folder.
+
+A library is loaded only if it is whole, and if nobody but its user could have written it.
+"""
 
 import ctypes
 import functools
@@ -7,6 +10,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import threading
 import warnings
@@ -19,29 +23,41 @@ SOURCE = Path(__file__).with_name("nm_kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
 DISABLE = "SPARSEDM_NO_KERNELS"
 EXTRA_FLAGS = "SPARSEDM_KERNEL_FLAGS"  # more compiler flags, as for a sanitizer
+_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_CHECKSUM = hashlib.sha256().digest_size
 _lock = threading.Lock()
 
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None if there are none (then a warning has said why, once)."""
+    return _loaded()[0]
+
+
+def why_off() -> str:
+    """Why there are no compiled kernels, or ""."""
+    return _loaded()[1]
+
+
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
     with _lock:  # two threads must not compile at once
-        return _library()
+        return _load()
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get(DISABLE):
-        return None
+        return None, f"{DISABLE} is set"
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     compiler = shlex.split(found or "")  # CXX may have arguments: "ccache g++"
     try:
         if not compiler:
             raise OSError("no C++ compiler found (g++ or clang++)")
-        return _declared(ctypes.CDLL(str(_compiled(compiler))))
+        return _declared(ctypes.CDLL(str(_compiled(compiler)))), ""
     except (OSError, subprocess.CalledProcessError) as error:
         detail = (error.stderr or "").strip().splitlines()[:1] if isinstance(error, subprocess.CalledProcessError) else [error]
-        warnings.warn(f"sparse CPU kernels are off, sparse layers run dense: {detail[0] if detail else error}", stacklevel=3)
-        return None
+        reason = str(detail[0] if detail else error)
+        warnings.warn(f"sparse CPU kernels are off, sparse layers run dense: {reason}", stacklevel=4)
+        return None, reason
 
 
 def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
@@ -51,21 +67,56 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: $XDG_CACHE_HOME/sparsedm, or ~/.cache/sparsedm."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsedm"
+    """Where compiled kernels are kept: $XDG_CACHE_HOME/sparsedm, or ~/.cache/sparsedm. Raises OSError without a home folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsedm"
+    except RuntimeError as error:
+        raise OSError("there is no home folder to keep them in; set HOME or XDG_CACHE_HOME") from error
 
 
 def _compiled(compiler: list[str]) -> Path:
-    """The shared library for this source, compiler and CPU."""
+    """The shared library for this source, compiler and CPU; compiled if there is none that can be trusted."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     flags = [*FLAGS, *shlex.split(os.environ.get(EXTRA_FLAGS, ""))]
     key = "\0".join([SOURCE.read_text(), version, *flags, _cpu()])
     path = cache_folder() / f"nm-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
+    if not (_closed(path.parent) and _whole(path)):
         with replacing(path) as temporary:
             command = [*compiler, *flags, str(SOURCE), "-o", str(temporary)]
             subprocess.run(command, capture_output=True, text=True, check=True)
+            library = temporary.read_bytes()
+            temporary.write_bytes(library + _checksum(library))  # loaders do not mind what follows a library
+            temporary.chmod(0o755)
     return path
+
+
+def _closed(folder: Path) -> bool:
+    """Whether only its user could write to the cache folder, so that the libraries in it are his own; from now on it is so.
+
+    Raises:
+        OSError: it belongs to somebody else, or cannot be closed.
+    """
+    folder.mkdir(0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid():
+        raise OSError(f"{folder} belongs to another user; remove it, or set XDG_CACHE_HOME to another folder")
+    if found.st_mode & _OTHERS:
+        folder.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS)
+    return not found.st_mode & _OTHERS
+
+
+def _whole(library: Path) -> bool:
+    """Whether a library is there, only its user could write to it, and it ends with the checksum of the rest."""
+    try:
+        found, content = library.stat(), library.read_bytes()
+    except OSError:
+        return False
+    own = found.st_uid == os.getuid() and not found.st_mode & _OTHERS
+    return own and content[-_CHECKSUM:] == _checksum(content[:-_CHECKSUM])
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def _cpu() -> str:

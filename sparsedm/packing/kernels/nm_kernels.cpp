@@ -30,6 +30,9 @@ constexpr int kLanes = kBytes / 4;
 constexpr int64_t kSlice = 24 * 1024;  // bytes of a panel slice: in every L1 cache, with room for weights and sums
 constexpr int64_t kOutputs = 256;      // outputs per block: their sums stay in the L2 cache
 
+constexpr int64_t kLargest = 1 << 28;    // side of a picture or kernel, stride, padding
+constexpr double kMostBytes = 1e12;     // of the padded copy of x
+
 enum { kDone, kNoMemory, kNoKernel };  // what the kernels return
 
 typedef float Vec __attribute__((vector_size(kBytes)));
@@ -385,6 +388,16 @@ struct Shape {
   int64_t row() const { return phase() * stride; }
   int64_t place(int64_t column) const { return column % stride * phase() + column / stride; }
   int64_t plane() const { return (height + 2 * padding) * row(); }
+
+  // Whether the sizes are those of a convolution, and so small that nothing above overflows.
+  bool valid() const {
+    const int64_t sizes[] = {height, width, kernel_h, kernel_w, stride};
+    for (const int64_t size : sizes)
+      if (size < 1 || size > kLargest) return false;
+    if (images < 0 || channels < 4 || channels % 4 || padding < 0 || padding > kLargest) return false;
+    return out_height() > 0 && out_width() > 0;
+  }
+  double bytes() const { return 4.0 * images * channels * plane(); }
 };
 
 // Copies of x's planes with zeros around them, in the panel's elements.
@@ -611,7 +624,9 @@ extern "C" int sparsedm_nm4_conv2d(const void* x, const void* values, const uint
                                    int64_t bfloat, int64_t images, int64_t channels, int64_t height, int64_t width,
                                    int64_t outputs, int64_t kernel_h, int64_t kernel_w, int64_t stride, int64_t padding,
                                    int64_t kept) {
-  const Shape s = {images, channels, height, width, kernel_h, kernel_w, stride, padding};
-  if (channels % 4 || stride < 1 || padding < 0 || s.out_height() < 1 || s.out_width() < 1) return kNoKernel;
+  Shape s = {images, channels, height, width, kernel_h, kernel_w, stride, padding};
+  if (!s.valid()) return kNoKernel;
+  s.stride = std::min(stride, std::max(height, width) + 2 * padding);  // beyond the picture all strides read the same
+  if (s.bytes() > kMostBytes) return kNoKernel;
   return (bfloat ? convolution<uint16_t> : convolution<float>)(x, values, positions, bias, y, s, outputs, kept);
 }
