@@ -195,7 +195,7 @@ def _check_data(model: nn.Module, dataset: Dataset, config: TrainConfig) -> None
     except ValueError:  # the config does not tell
         expected = found = 0
     if expected != found:
-        remedy = "; sparsedm.latents.encode makes latents of pictures" if expected == 4 else ""
+        remedy = "; sparsedm.data.latents.encode makes latents of pictures" if expected == 4 else ""
         raise ValueError(f"{name} takes pictures of {expected} channels, those of the data set have {found}{remedy}")
     if null is not None and classes > null + (not config.p_uncond):
         remedy = "; set p_uncond=0 if its last label is a class, too" if classes == null + 1 else ""
