@@ -130,7 +130,7 @@ def test_fold_keeps_outputs_bit_for_bit_and_weights_pass_verification(model, cal
     names, expected, keys = [n for n, _ in nm_layers(model)], call(model), set(model.state_dict())
     assert fold(model) is model
     assert torch.equal(call(model), expected)
-    assert set(model.state_dict()) == keys and not any(True for _ in nm_layers(model))
+    assert set(model.state_dict()) == keys and not layers.is_sparse(model)
     for layer in map(model.get_submodule, names):
         assert type(layer) in (nn.Linear, nn.Conv2d) and not hasattr(layer, "pattern")
         assert nm.verify(layer.weight, pattern) == 0 and layer.weight.count_nonzero() > 0
@@ -159,7 +159,7 @@ def test_folded_is_a_copy(model, call):
     before = _snapshot(model)
     copied = folded(model)
     assert not _differences(before, model) and next(nm_layers(model), None)
-    assert torch.equal(call(copied), call(model)) and not any(True for _ in nm_layers(copied))
+    assert torch.equal(call(copied), call(model)) and not layers.is_sparse(copied)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -250,7 +250,7 @@ def test_bad_arguments_are_named_and_change_nothing(make_model, options, message
     model = make_model("uvit", mlp_ratio=2)  # 16 or 32 inputs
     with pytest.raises(ValueError, match=message):
         sparsify(model, **options)
-    assert not any(True for _ in nm_layers(model)) and "save_pretrained" not in vars(model)
+    assert not layers.is_sparse(model) and "save_pretrained" not in vars(model)
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU()), nn.Sequential(nn.Linear(6, 4)), nn.Linear(3, 8)], ids=str)

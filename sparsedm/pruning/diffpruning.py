@@ -15,7 +15,7 @@ from ..diffusion import make_scheduler
 from ..masking import layers
 from ..models import dryrun
 from ..models.denoisers import null_label
-from ..packing.packed import is_packed
+from ..packing.packed import has_packed
 from . import structure
 from .structure import Group
 
@@ -147,7 +147,7 @@ def prune(
         raise ValueError(f"round_to {round_to} is not a positive number of channels")
     if getattr(getattr(model, "config", None), "pruning", None):
         raise ValueError("the model is pruned already; prune the original with a higher ratio")
-    if any(layers.nm_layers(model)) or any(map(is_packed, model.modules())):
+    if layers.is_sparse(model) or has_packed(model):
         raise ValueError("the model is in sparse training or packed; prune the dense one, and sparsify what is left")
     found = structure.groups(model, inputs or dryrun.example_inputs(model))
     generator = torch.Generator().manual_seed(seed)
