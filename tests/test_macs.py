@@ -123,7 +123,7 @@ class Awkward(nn.Module):
         else:
             with torch.autocast(x.device.type, enabled=False):
                 x = x * 1
-        return self.layer(input=self.norm(x))
+        return self.layer(self.norm(x))
 
 
 @pytest.mark.parametrize("kind", ["list", "bincount", "autocast"])
@@ -136,6 +136,19 @@ def test_models_that_compute_with_values_are_called_for_real(kind):
     assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     fast = sparsedm.pack(sparsedm.sparsify(model, inputs=inputs), inputs=inputs)
     assert macs.count(fast, inputs).dense == rows * 8 * 4
+
+
+def test_layers_that_are_given_their_input_by_name_count():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    inputs = {"x": torch.zeros(1, 8, 5, 5)}
+    assert macs.count(Net(), inputs).dense == 9 * 4 * 8 * 9 and dryrun.input_shapes(Net(), inputs) == {"layer": (1, 8, 5, 5)}
 
 
 def test_inputs_that_a_model_does_not_take_raise_its_own_error():
