@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "NMPattern": "masking.nm",
-    "sparsify": "models",
+    "sparsify": "models.students",
     "densify": "masking.layers",
     "fold": "masking.layers",
     "pack": "packing.packed",

@@ -235,7 +235,7 @@ def test_auto_times_models_with_nested_and_unbatched_inputs(name, monkeypatch):
 # --- MACs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "UNet1DModel"])  # its fixed resampling kernels count there
+@every_class
 def test_macs_are_half_of_torch_flop_counter(name):
     model = make(name)
     inputs = small_inputs(name, model)

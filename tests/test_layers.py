@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsedm
 from sparsedm.checkpoints import folders
@@ -61,6 +62,26 @@ def test_gradient_is_upstream_plus_decay_times_pruned_weight(kind, options, deca
     torch.testing.assert_close(layer.weight.grad, leaf.grad + decay * torch.where(mask, 0, weight), rtol=1e-12, atol=1e-12)
     assert torch.equal(layer.bias.grad, bias.grad) and torch.equal(x.grad, y.grad)
     assert leaf.grad[~mask].abs().max() > 0  # straight through to pruned entries
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_is_the_closed_form_of_nm_sparsity(kind):
+    """SR-STE as its authors' code computes it: dL/dw of the product by hand, plus decay * w where the M - N smallest are."""
+    decay, (make, _, shape) = 0.1, KINDS[kind]
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    sparsify(nn.Sequential(layer), "2:4", decay=decay)
+    y = layer(x)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    last = layer.weight.detach().movedim(1, -1)  # the input axis last: groups are runs of 4
+    smallest = last.reshape(-1, 4).abs().argsort()[:, :2]
+    pruned = torch.zeros(len(smallest), 4, dtype=torch.bool).scatter_(1, smallest, True).reshape(last.shape).movedim(-1, 1)
+    if kind == "linear":
+        product = upstream.T @ x
+    else:
+        columns = F.unfold(x, 3)  # [B, in * 9, pixels]
+        product = torch.einsum("bop,bip->oi", upstream.flatten(2), columns).view(layer.weight.shape)
+    torch.testing.assert_close(layer.weight.grad, product + decay * pruned * layer.weight.detach())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,7 +151,7 @@ def test_fold_keeps_outputs_bit_for_bit_and_weights_pass_verification(model, cal
     names, expected, keys = [n for n, _ in nm_layers(model)], call(model), set(model.state_dict())
     assert fold(model) is model
     assert torch.equal(call(model), expected)
-    assert set(model.state_dict()) == keys and not any(True for _ in nm_layers(model))
+    assert set(model.state_dict()) == keys and not layers.is_sparse(model)
     for layer in map(model.get_submodule, names):
         assert type(layer) in (nn.Linear, nn.Conv2d) and not hasattr(layer, "pattern")
         assert nm.verify(layer.weight, pattern) == 0 and layer.weight.count_nonzero() > 0
@@ -159,7 +180,7 @@ def test_folded_is_a_copy(model, call):
     before = _snapshot(model)
     copied = folded(model)
     assert not _differences(before, model) and next(nm_layers(model), None)
-    assert torch.equal(call(copied), call(model)) and not any(True for _ in nm_layers(copied))
+    assert torch.equal(call(copied), call(model)) and not layers.is_sparse(copied)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -169,6 +190,154 @@ def test_bias_stays_as_it_was(make, bias):
     before = model[0].bias
     sparsify(model)
     assert model[0].bias is before and (before is not None) == bias and ("0.bias" in model.state_dict()) == bias
+
+
+class _Operations(TorchDispatchMode):
+    """Names of what torch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_torch_multiplies_by_masked_and_folded_weights_in_the_same_way(context, frozen):
+    """Batches that are not contiguous become one product or many, by whether the weight requires a gradient."""
+    model, x = sparsify(nn.Sequential(nn.Linear(16, 8))).requires_grad_(not frozen), torch.randn(2, 16, 5).mT
+    runs = []
+    for each in (model, folded(model)):
+        with context(), _Operations() as operations:
+            output = each(x)
+        runs.append(([name for name in operations.names if "mm" in name], output))
+    assert runs[0][0] == runs[1][0] != [] and torch.equal(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_in_inference_mode_torch_decides_alike_too(frozen):
+    """There operations are not seen; what decides is whether the weight's transpose requires a gradient."""
+    model = sparsify(nn.Sequential(nn.Linear(16, 8))).requires_grad_(not frozen)
+    with torch.inference_mode():
+        assert model[0].masked_weight().t().requires_grad == model[0].weight.t().requires_grad == (not frozen)
+
+
+def test_autocast_keeps_no_casts_of_masked_weights():
+    """It would keep those of every forward until it ends."""
+    model, x = sparsify(nn.Sequential(nn.Linear(16, 8, bias=False))), torch.randn(2, 16).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        weight = model[0].masked_weight()
+        with _Operations() as operations:
+            F.linear(x, weight), F.linear(x, weight)
+    assert operations.names.count("_to_copy") == 2
+
+
+# --- layers whose forward is not all that uses their weight ---------------------------------------------------------------
+
+
+class Functional(nn.Module):
+    """y = plain(x) + x @ read.weight' (+ both's, whose weight is also used once more)."""
+
+    def __init__(self, both: bool = False):
+        super().__init__()
+        self.plain, self.read, self.both = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8) if both else None
+
+    def forward(self, x):
+        y = self.plain(x.to(self.plain.weight)) + F.linear(x, self.read.weight)
+        return y if self.both is None else y + self.both(x) + x @ self.both.weight.data.T
+
+
+def test_fold_leaves_a_layer_dense_whose_weight_was_only_read():
+    model, x = Functional(), torch.randn(3, 8)
+    sparsedm.sparsify(model)  # its class tells no inputs: nothing is known until it is called
+    assert "whether the model calls every one" in sparsedm.report(model).summary()
+    before, expected = model.read.weight.detach().clone(), model(x)
+    notes = {row.name: (row.state, row.note) for row in sparsedm.report(model).rows}
+    assert notes["plain"] == ("sparse-training", "") and notes["read"] == ("dense", layers.NEVER_CALLED)
+    assert set(layers.patterns(model)) == {"plain"}
+    for each in (copy.deepcopy(model), model):
+        assert torch.equal(fold(each)(x), expected)
+        assert torch.equal(each.read.weight, before) and each.read.dense_reason == layers.NEVER_CALLED
+        assert nm.verify(each.plain.weight, "2:4") == 0
+
+
+def test_calling_a_part_of_the_model_tells_nothing_about_the_rest():
+    model = sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    model[0](torch.randn(3, 8))
+    assert all(nm.verify(layer.weight, "2:4") == 0 for layer in fold(model))
+
+
+def test_with_inputs_such_layers_are_never_made_sparse():
+    model, x = Functional(both=True), torch.randn(3, 8)
+    weights = _snapshot(model)
+    sparsedm.sparsify(model, inputs={"x": x})
+    assert [name for name, _ in nm_layers(model)] == ["plain"] and not _differences(weights, model)
+    notes = {row.name: row.note for row in sparsedm.report(model, {"x": x}).rows}
+    assert "never called" in notes["read"] and "outside of its forward" in notes["both"]
+    expected = model(x)
+    assert torch.equal(fold(model)(x), expected)
+
+
+def test_a_model_that_only_reads_its_weights_is_refused():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return F.linear(x, self.lin.weight)
+
+    with pytest.raises(ValueError, match="no layer of Net takes 2:4.*lin: .*never called"):
+        sparsedm.sparsify(Net(), inputs={"x": torch.zeros(1, 8)})
+
+
+def test_the_dry_run_of_a_diffusers_model_finds_attention_that_reads_its_weights():
+    from diffusers import HunyuanDiT2DModel
+
+    model = HunyuanDiT2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, patch_size=2, hidden_size=16, num_layers=2, sample_size=8,
+        text_len=4, text_len_t5=4, cross_attention_dim=16, cross_attention_dim_t5=16, pooled_projection_dim=16,
+    ).eval()  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([3.0]), "encoder_hidden_states": torch.randn(1, 4, 16),
+        "text_embedding_mask": torch.ones(1, 4), "encoder_hidden_states_t5": torch.randn(1, 4, 16),
+        "text_embedding_mask_t5": torch.ones(1, 4), "image_meta_size": torch.ones(1, 6), "style": torch.zeros(1).long(),
+        "image_rotary_emb": (torch.ones(16, 8), torch.zeros(16, 8)),
+    }  # fmt: skip
+    sparsedm.sparsify(model, inputs=inputs, exclude=())
+    dense = {name for name, layer in weight_layers(model) if getattr(layer, "dense_reason", "") == layers.NEVER_CALLED}
+    assert dense == {f"time_extra_emb.pooler.{kind}_proj" for kind in "qkvc"}
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        assert torch.equal(fold(model)(**inputs).sample, expected)
+
+
+def test_a_weight_of_two_modules_stays_dense():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    model[1].weight = model[0].weight
+    sparsify(model, exclude=["1"])
+    assert [name for name, _ in nm_layers(model)] == ["2"] and model[0].dense_reason == "its weight is used by 0 and 1"
+    expected = model(x)
+    assert torch.equal(fold(model)(x), expected)
+
+
+def test_the_dry_run_leaves_model_and_random_numbers_alone(model):
+    model.register_forward_pre_hook(lambda module, args: torch.rand(1))  # as a forward that draws noise
+    state = torch.get_rng_state()
+    sparsedm.sparsify(model)
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert all("forward" not in vars(module) for module in model.modules()) and not layers.never_called(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sparse_layers_take_their_input_by_name(kind):
+    make, _, shape = KINDS[kind]
+    layer, x = make(), torch.randn(shape)
+    sparsify(nn.Sequential(layer))
+    assert torch.equal(layer(input=x), layer(x))
 
 
 # --- which layers -----------------------------------------------------------------------------------------------------
@@ -248,7 +417,7 @@ def test_bad_arguments_are_named_and_change_nothing(make_model, options, message
     model = make_model("uvit", mlp_ratio=2)  # 16 or 32 inputs
     with pytest.raises(ValueError, match=message):
         sparsify(model, **options)
-    assert not any(True for _ in nm_layers(model)) and "save_pretrained" not in vars(model)
+    assert not layers.is_sparse(model) and "save_pretrained" not in vars(model)
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU()), nn.Sequential(nn.Linear(6, 4)), nn.Linear(3, 8)], ids=str)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import sparsedm
 from sparsedm.checkpoints import folders
 from sparsedm.masking.layers import fold, sparsify
 from sparsedm.measure import macs
@@ -74,6 +75,85 @@ def test_grouped_strided_convolution_and_linear_by_hand():
     model = nn.Sequential(conv, nn.Flatten(), nn.Linear(8 * 4 * 4, 10), norm)
     counts = macs.count(model.eval(), {"input": torch.zeros(1, 4, 8, 8)})
     assert counts.dense == 8 * 2 * 9 * 16 + 128 * 10 and counts.attention == 0
+
+
+def _flops(model, inputs):
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_transposed_convolutions_count_by_what_they_read(axes):
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[axes - 1]
+    model = nn.Sequential(kind(8, 4, 3, stride=2, groups=2))
+    inputs = {"input": torch.zeros(1, 8, *[5] * axes)}
+    assert 2 * macs.count(model, inputs).dense == _flops(model, inputs) == 2 * 8 * 2 * 3**axes * 5**axes
+    (row,) = sparsedm.report(sparsify(nn.Sequential(*model, nn.Linear(4, 4))), None).rows[:1]
+    assert row.state == "dense" and "ConvTranspose" in row.note
+
+
+def test_diffusers_transposed_convolutions_and_fixed_kernels_count():
+    from diffusers import UVit2DModel
+
+    model = UVit2DModel(
+        hidden_size=32, cond_embed_dim=32, encoder_hidden_size=32, in_channels=32, block_out_channels=32, num_hidden_layers=1,
+        num_attention_heads=2, vocab_size=48, codebook_size=40, block_num_heads=2, sample_size=16, downsample=True, upsample=True,
+    )  # fmt: skip
+    inputs = {
+        "input_ids": torch.zeros(1, 16, 16).long(), "encoder_hidden_states": torch.zeros(1, 7, 32),
+        "pooled_text_emb": torch.zeros(1, 32), "micro_conds": torch.zeros(1, 5),
+    }  # fmt: skip
+    counts = macs.count(model, inputs)
+    assert 2 * counts.dense == _flops(model, inputs) and counts.by_name["up_block.upsample.conv"].dense == 8 * 8 * 32 * 32 * 2 * 2
+
+
+class Awkward(nn.Module):
+    """One layer, behind what the meta device cannot do."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.layer, self.norm = kind, nn.Linear(8, 4), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        if self.kind == "list":
+            x = x[: x.abs().long().clamp(max=0).sum().item() + 2]
+        elif self.kind == "bincount":
+            x = x[: len(torch.bincount(torch.ones(2).to(x.device).long()))]
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                x = x * 1
+        return self.layer(self.norm(x))
+
+
+@pytest.mark.parametrize("kind", ["list", "bincount", "autocast"])
+def test_models_that_compute_with_values_are_called_for_real(kind):
+    """As Lumina2, HiDream and Mochi."""
+    model, inputs = Awkward(kind), {"x": torch.randn(3, 8)}
+    before = copy.deepcopy(model.state_dict())
+    rows = 3 if kind == "autocast" else 2
+    assert macs.count(model, inputs).dense == rows * 8 * 4 and dryrun.input_shapes(model, inputs) == {"layer": (rows, 8)}
+    assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    fast = sparsedm.pack(sparsedm.sparsify(model, inputs=inputs), inputs=inputs)
+    assert macs.count(fast, inputs).dense == rows * 8 * 4
+
+
+def test_layers_that_are_given_their_input_by_name_count():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    inputs = {"x": torch.zeros(1, 8, 5, 5)}
+    assert macs.count(Net(), inputs).dense == 9 * 4 * 8 * 9 and dryrun.input_shapes(Net(), inputs) == {"layer": (1, 8, 5, 5)}
+
+
+def test_inputs_that_a_model_does_not_take_raise_its_own_error():
+    with pytest.raises(TypeError, match="wrong"):
+        macs.count(Awkward("list"), {"wrong": torch.zeros(1, 8)})
 
 
 def test_a_layer_used_twice_counts_twice():

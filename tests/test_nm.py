@@ -1,5 +1,6 @@
 """Masks against brute force, torch's own 2:4 conversion and torch's own magnitude pruning."""
 
+import itertools
 import math
 
 import pytest
@@ -110,6 +111,16 @@ def test_magnitude_choice_equals_torch_weight_norm_sparsifier():
     sparsifier.prepare(model, [{"tensor_fqn": "0.weight"}])
     sparsifier.step()
     assert torch.equal(model[0].parametrizations.weight[0].mask.bool(), expected)
+
+
+@pytest.mark.parametrize("shape", [(6, 16), (5, 8, 3, 3)], ids=str)
+def test_the_mask_is_that_of_asp(shape):
+    """apex ASP, "m4n2_1d": of the six ways to keep 2 of 4 the one with the largest sum of magnitudes."""
+    weight = torch.randn(shape)
+    ways = torch.tensor([[i in kept for i in range(4)] for kept in itertools.combinations(range(4), 2)])
+    last = weight.movedim(1, -1)  # groups of 4 inputs, at each kernel position
+    best = (last.reshape(-1, 4).abs() @ ways.float().T).argmax(1)
+    assert torch.equal(nm.mask(weight, "2:4"), ways[best].reshape(last.shape).movedim(-1, 1))
 
 
 @pytest.mark.parametrize("text", PATTERNS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 
 import sparsedm
 from sparsedm.masking import layers, nm
@@ -29,7 +30,7 @@ def sparse(layer: nn.Module, pattern: str = "2:4") -> nn.Module:
 def test_whole_models_pack_run_and_unpack_exactly(model, call):
     student = layers.fold(layers.sparsify(model, "2:4"))
     fast = sparsedm.pack(copy.deepcopy(student), backend="kernel")
-    assert any(packed.is_packed(m) for m in fast.modules())
+    assert packed.has_packed(fast)
     torch.testing.assert_close(call(fast), call(student), rtol=1e-4, atol=1e-5)
     back = sparsedm.unpack(fast)
     assert all(torch.equal(v, back.state_dict()[k]) for k, v in student.state_dict().items())
@@ -57,7 +58,7 @@ def test_saving_a_packed_model_keeps_every_weight(tmp_path):
         type(fast).from_pretrained(tmp_path / "diffusers"),
     ):
         assert all(torch.equal(v, back.state_dict()[k]) for k, v in expected.items())
-    assert any(map(packed.is_packed, fast.modules()))  # untouched
+    assert packed.has_packed(fast)  # untouched
 
 
 def test_the_packed_file_holds_the_state_dict_of_the_packed_model(tmp_path):
@@ -144,7 +145,7 @@ def test_auto_leaves_a_model_plain_that_is_no_faster_as_a_whole(monkeypatch):
     times = {"UViTModel": tuning.Times(1.0, 1.0, 1.0)}
     monkeypatch.setattr(tuning, "times", lambda key, *rest, **options: times.get(key[0], tuning.Times(2.0, 1.0, 2.0)))
     student = sparsedm.pack(sparsedm.load("glyphs-uvit-2x4"), batch=2)
-    assert not any(map(packed.is_packed, student.modules()))
+    assert not packed.has_packed(student)
     assert all("whole model" in row.note for row in sparsedm.report(student).rows if row.state == "folded")
 
 
@@ -181,7 +182,96 @@ def test_what_cannot_be_timed_is_refused_before_anything_changes():
     assert model.training and [type(layer) for layer in model] == [layers.NMLinear] * 2
     assert all(map(torch.equal, model.parameters(), weights))
     inputs = {"input": torch.zeros(1, 16)}
-    assert not sparsedm.pack(model, inputs=inputs).training and not any(True for _ in layers.nm_layers(model))
+    assert not sparsedm.pack(model, inputs=inputs).training and not layers.is_sparse(model)
+
+
+class Asking(nn.Module):
+    """Asks its layers what Wan, ZImage, IP adapters and UNetMotionModel ask theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 32, bias=False), nn.Linear(32, 64)
+
+    def forward(self, x):
+        x = x.to(next(iter(self.first.parameters())).dtype)
+        x = self.first(input=x.to(self.first.weight.data.device, self.first.weight.data.dtype))
+        assert self.second.weight.shape == (64, 32) and self.second.weight.dim() == 2
+        return self.second(x.to(self.second.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_packed_layers_tell_the_dtype_device_and_shape_of_their_weight(dtype):
+    model, x = layers.fold(layers.sparsify(Asking())).to(dtype), torch.randn(5, 64, dtype=torch.float64)
+    expected = model(x)
+    assert packed.is_packed(sparsedm.pack(model, backend="kernel").first)
+    torch.testing.assert_close(model(x), expected, rtol=1e-2 if dtype == torch.float16 else 1e-4, atol=1e-3)
+    assert (model.first.weight.dtype, model.first.weight.device) == (dtype, torch.device("cpu"))
+    assert {p.dtype for p in model.parameters()} == {dtype} and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda weight: weight @ torch.zeros(64, 2),
+        lambda weight: F.linear(torch.zeros(1, 64), weight),
+        lambda weight: torch.cat([weight.data, weight.data]),
+        lambda weight: weight.float().sum(),
+        lambda weight: weight.data.copy_(torch.zeros(32, 64)),
+        torch.clone,
+    ],
+)
+def test_computing_with_the_weight_of_a_packed_layer_is_refused(use):
+    layer = packed.packed_layer(sparse(nn.Linear(64, 32)), "2:4")
+    with pytest.raises(RuntimeError, match=r"packed layer.*dense_weight\(\).*unpack"):
+        use(layer.weight)
+
+
+def test_packed_layers_refuse_gradients_to_input_and_parameters():
+    layer, x = packed.packed_layer(sparse(nn.Linear(64, 32)), "2:4"), torch.randn(2, 64)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        layer(x.clone().requires_grad_())
+    layer.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        layer(x)
+
+
+class Choosy(Asking):
+    """Fails in its packed form, or with several pictures."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.norm = error, nn.BatchNorm1d(64)
+
+    def forward(self, x):
+        if self.error == "packed" and packed.is_packed(self.second):
+            raise StopIteration
+        if self.error == "batch" and len(x) > 1:
+            raise AssertionError("one by one")
+        return super().forward(self.norm(x.view(-1, 16).view(len(x), 64)))  # an expanded batch has no such view
+
+
+@pytest.mark.parametrize(("error", "raised"), [("packed", StopIteration), ("batch", AssertionError), (None, None)])
+@pytest.mark.parametrize("state", ["sparse-training", "folded"])
+def test_pack_changes_all_or_nothing(error, raised, state, monkeypatch):
+    def times(key, variants, **options):
+        for run in variants().values():
+            run()
+        return tuning.Times(2.0, 1.0, 2.0)
+
+    monkeypatch.setattr(tuning, "times", torch.no_grad()(times))
+    model, inputs = layers.sparsify(Choosy(error)), {"x": torch.randn(1, 4, 16)}
+    if state == "folded":
+        layers.fold(model)
+    tensors = {id(t): t.clone() for t in (*model.parameters(), *model.buffers())}
+    before = [(id(m), type(m), m.training, vars(m).get("dense_reason")) for m in model.modules()]
+    if raised is None:
+        assert packed.has_packed(sparsedm.pack(model, inputs=inputs)) and not model.training
+        return
+    with pytest.raises(raised):
+        sparsedm.pack(model, inputs=inputs)
+    assert [(id(m), type(m), m.training, vars(m).get("dense_reason")) for m in model.modules()] == before
+    assert all(torch.equal(t, tensors[id(t)]) for t in (*model.parameters(), *model.buffers()))
 
 
 _WITHOUT = """

@@ -42,7 +42,9 @@ def test_computes_as_the_plain_layer_and_unpacks_to_it(stand_in, layer, shape, b
     fast = gpu.SemiStructuredLayer(plain, "2:4")
     assert [tuple(weight.shape) for weight in stand_in] == [(32, 64)]
     torch.testing.assert_close(fast(x), plain(x), rtol=2**-7, atol=2**-7)
-    assert fast(x.to("meta")).shape == plain(x).shape
+    assert fast(x.to("meta")).shape == plain(x).shape and torch.equal(fast(input=x), fast(x))
+    asked = fast.weight, next(fast.parameters())
+    assert all((each.dtype, each.device) == (torch.bfloat16, x.device) for each in asked) and asked[0].shape == plain.weight.shape
     for back in (fast.plain(), copy.deepcopy(fast).plain()):
         assert type(back) is type(plain) and all(torch.equal(v, back.state_dict()[k]) for k, v in plain.state_dict().items())
 
@@ -87,7 +89,7 @@ def test_old_gpus_and_gradients_are_refused(stand_in, monkeypatch):
 def test_a_model_on_the_gpu_packs_runs_and_unpacks(dtype):
     student = layers.fold(sparsedm.sparsify(sparsedm.build("uvit-s2-cifar10"), "2:4")).to("cuda", dtype)
     fast = sparsedm.pack(copy.deepcopy(student), backend="kernel")
-    assert any(map(packed.is_packed, fast.modules()))
+    assert packed.has_packed(fast)
     inputs = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in dryrun.example_inputs(student, 4).items()}
     expected = student(**inputs).sample
     assert (fast(**inputs).sample - expected).abs().max() < 0.03 * expected.abs().max()

@@ -53,7 +53,7 @@ def write(model: nn.Module, out: str | Path, format: str, dtype: str | None = No
         return
     if batch is not None:
         raise ValueError(f"a fixed batch is for onnx; {format} folders take any")
-    if format == "packed" and not (layers.patterns(model) or any(map(packed.is_packed, model.modules()))):
+    if format == "packed" and not (layers.patterns(model) or packed.has_packed(model)):
         raise ValueError("the model has no N:M sparse layer to pack; sparsify it first, or export it as diffusers")
     save = folders.save if format == "diffusers" else folders.save_packed
     save(model, out, weights)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from .. import models
 from ..masking import layers, nm
 from ..packing import tensors
-from ..packing.packed import is_packed, unpack
+from ..packing.packed import has_packed, unpack
 from ..pruning import structure
 from ..support.files import replacing_folder, restore
 from . import statedict
@@ -103,9 +103,9 @@ def save(
     layers.refuse_adapters(model)
     layers.refuse_fused(model)
     _check_replaceable(Path(folder))
-    if any(True for _ in layers.nm_layers(model)):
+    if layers.is_sparse(model):
         model = layers.folded(model)
-    if any(map(is_packed, model.modules())):
+    if has_packed(model):
         model = unpack(copy.deepcopy(model))
     with replacing_folder(folder) as temporary:
         model.save_config(temporary)

@@ -54,12 +54,12 @@ def finetune(
 ) -> None:
     """Make a sparse student of a dense teacher (SparseDM). Example: python -m sparsedm finetune glyphs-unet out --steps 2000"""
     from ..checkpoints import folders
-    from ..masking import layers
+    from ..models import students
     from ..training import distill
 
     source = folders.load(teacher)
     sparse = folders.load(student) if student else copy.deepcopy(source)
-    layers.sparsify(sparse, pattern, exclude=exclude, decay=decay)
+    students.sparsify(sparse, pattern, exclude=exclude, decay=decay)
     transfer = functools.partial(distill.finetune, teacher=source)
     job.run(transfer, sparse, teacher=teacher, student=student, pattern=pattern)
 
@@ -77,11 +77,12 @@ def sparsify(
     from ..checkpoints import folders
     from ..masking import layers
     from ..measure import reporting
+    from ..models import students
     from .common import outcome
 
     free(out)
     weights = folders.dtype_of(dtype)
-    sparse = layers.fold(layers.sparsify(folders.load(model), pattern, exclude=exclude))
+    sparse = layers.fold(students.sparsify(folders.load(model), pattern, exclude=exclude))
     folders.save(sparse, out, weights, packed=packed)
     summary = reporting.report(sparse).summary()
     outcome(

@@ -22,7 +22,10 @@ from .nm import NMPattern
 SR_STE_DECAY = 2e-4
 DECAY_MODES = ("gradient", "decoupled")
 
-WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers that are listed and counted
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # their weights are [in, out, ...]
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)  # layers that are listed and counted
+
+NEVER_CALLED = "its forward is never called, where its mask would be: unused, or its weight is read in another way"
 
 
 class _SRSTE(torch.autograd.Function):
@@ -44,8 +47,8 @@ class _SRSTE(torch.autograd.Function):
 class _NMLayer:
     """What NMLinear and NMConv2d share.
 
-    Attributes: `pattern`, `decay` (lambda of SR-STE), `decay_mode`, `frozen_mask`, and `loss_scale`, by which the loss is
-    multiplied before it goes backward (see `set_loss_scale`).
+    Attributes: `pattern`, `decay` (lambda of SR-STE), `decay_mode`, `frozen_mask`, `loss_scale`, by which the loss is
+    multiplied before it goes backward (see `set_loss_scale`), and `called`, whether the forward has run.
     """
 
     pattern: NMPattern
@@ -53,6 +56,7 @@ class _NMLayer:
     decay_mode: str
     loss_scale: float = 1.0
     frozen_mask: torch.Tensor | None
+    called: bool = False
 
     def mask(self) -> torch.Tensor:
         """Boolean mask of the current weight, or the frozen one."""
@@ -67,8 +71,12 @@ class _NMLayer:
 
         SparseDM 3.2 (arXiv 2404.10445), after SR-STE (arXiv 2102.04010): dL/dw = dL/dw_masked + decay * (1 - mask) * w.
         """
-        decay = self.decay * self.loss_scale if self.decay_mode == "gradient" else 0.0
-        return _SRSTE.apply(self.weight, self.mask(), decay)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            decay = self.decay * self.loss_scale if self.decay_mode == "gradient" else 0.0
+            return _SRSTE.apply(self.weight, self.mask(), decay)
+        with torch.inference_mode(False), torch.no_grad():
+            masked = nm.masked(self.weight.detach(), self.mask()).requires_grad_(self.weight.requires_grad)
+            return masked.view_as(masked)  # autocast keeps its casts of leaves, but not of views
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern}, decay={self.decay:g}"
@@ -77,15 +85,17 @@ class _NMLayer:
 class NMLinear(_NMLayer, nn.Linear):
     """`nn.Linear` whose weight is masked N:M along the input features."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.masked_weight(), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.called = True
+        return F.linear(input, self.masked_weight(), self.bias)
 
 
 class NMConv2d(_NMLayer, nn.Conv2d):
     """`nn.Conv2d` whose weight is masked N:M along the input channels, at each kernel position by itself."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(x, self.masked_weight(), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.called = True
+        return self._conv_forward(input, self.masked_weight(), self.bias)
 
 
 _SPARSE_CLASS = {nn.Linear: NMLinear, nn.Conv2d: NMConv2d}
@@ -95,6 +105,19 @@ _DENSE_CLASS = {sparse: dense for dense, sparse in _SPARSE_CLASS.items()}
 def nm_layers(model: nn.Module) -> Iterator[tuple[str, NMLinear | NMConv2d]]:
     """Names and modules of the sparse-training layers."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, _NMLayer))
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Whether `model` has sparse-training layers."""
+    return any(isinstance(module, _NMLayer) for module in model.modules())
+
+
+def never_called(model: nn.Module) -> set[str]:
+    """Names of the sparse-training layers whose forward has not run in any call of `model` since `sparsify`.
+
+    Nothing is known, and the set is empty, before the first call of the model that `sparsify` was given.
+    """
+    return {name for name, module in nm_layers(model) if not module.called} if _called(model) else set()
 
 
 def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -128,6 +151,7 @@ def sparsify(
     decay: float = SR_STE_DECAY,
     decay_mode: str = "gradient",
     frozen: bool = False,
+    bypassed: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """Turn the linear and convolution layers of `model` into sparse-training layers, in place; returns the model.
 
@@ -140,6 +164,8 @@ def sparsify(
         decay_mode: "gradient" adds the SR term to the gradient (the paper, so Adam normalises it); "decoupled" leaves it
             to `decay_pruned`, which the training loop calls after the optimiser's step.
         frozen: keep the masks that the weights have now (as ASP does), instead of deriving them anew in every step.
+        bypassed: layers that stay dense as a mask would not reach all uses of their weights, and why; `models.students` finds
+            them.
 
     Layers that stay dense carry the reason, see `sparsedm.report`.
 
@@ -159,11 +185,12 @@ def sparsify(
         raise ValueError(f"pattern {pattern} keeps every weight; take N < M, such as 2:4")
     excluded = default_rule(model) if exclude is None else by_globs(exclude)
     layers = dict(weight_layers(model))
+    bypassed = _shared_weights(model) | dict(bypassed or {})
     _check_globs([*include, *overrides, *(exclude or ())], layers)
     converted = 0
     for name, module in layers.items():
         chosen = next((p for glob, p in overrides.items() if fnmatchcase(name, glob)), pattern)
-        reason = why_dense(name, module, chosen, include, excluded)
+        reason = why_dense(name, module, chosen, include, excluded) or bypassed.get(name)
         if reason:
             if isinstance(module, _NMLayer):
                 _to_plain(module)
@@ -172,6 +199,7 @@ def sparsify(
         module.__class__ = _SPARSE_CLASS.get(type(module), type(module))
         module.pattern, module.decay, module.decay_mode = chosen, float(decay), decay_mode
         module.register_buffer("frozen_mask", None, persistent=False)
+        module.__dict__.pop("dense_reason", None)
         if frozen:
             module.freeze_mask()
         converted += 1
@@ -181,7 +209,37 @@ def sparsify(
     for module in model.modules():
         if hasattr(module, "save_pretrained"):
             module.save_pretrained = types.MethodType(_save_folded, module)
+    _watch(model)
     return model
+
+
+def _shared_weights(model: nn.Module) -> dict[str, str]:
+    """Layers whose weight other modules use, too: they would see the dense one in training, and the zeros once it is folded."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(name)
+    shared = ((name, users.get(id(module.weight), ())) for name, module in weight_layers(model))
+    return {name: f"its weight is used by {' and '.join(names)}" for name, names in shared if len(names) > 1}
+
+
+def _watch(model: nn.Module) -> None:
+    _unwatch(model)
+    model.register_forward_pre_hook(_note_call)
+
+
+def _unwatch(model: nn.Module) -> None:
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _note_call]:
+        del model._forward_pre_hooks[key]
+    model.__dict__.pop("_called_sparse", None)
+
+
+def _note_call(model: nn.Module, args: tuple) -> None:
+    model._called_sparse = True
+
+
+def _called(model: nn.Module) -> bool:
+    return model.__dict__.get("_called_sparse", False)
 
 
 def _check_globs(globs: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
@@ -207,20 +265,25 @@ def why_dense(name: str, module: nn.Module, pattern: NMPattern, include: Sequenc
 
 
 def _leave(model: nn.Module, keep_mask: bool) -> nn.Module:
-    for _, module in list(nm_layers(model)):
-        if keep_mask:
+    unused = never_called(model)
+    for name, module in list(nm_layers(model)):
+        if keep_mask and name in unused:
+            module.dense_reason = NEVER_CALLED
+        elif keep_mask:
             with torch.no_grad():
                 module.weight.copy_(nm.masked(module.weight, module.mask()))
         _to_plain(module)
     for module in model.modules():
         module.__dict__.pop("save_pretrained", None)
+        _unwatch(module)
     return model
 
 
 def _to_plain(module: _NMLayer) -> None:
     module.__class__ = _DENSE_CLASS[type(module)]
     del module.pattern, module.decay, module.decay_mode, module.frozen_mask
-    module.__dict__.pop("loss_scale", None)
+    for name in ("loss_scale", "called"):
+        module.__dict__.pop(name, None)
 
 
 def with_weights(plain: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
@@ -241,12 +304,16 @@ def densify(model: nn.Module) -> nn.Module:
 def fold(model: nn.Module) -> nn.Module:
     """Back to plain layers with the masks written into the weights as exact zeros, in place. Returns the model.
 
-    The outputs do not change by a bit. Training on needs the dense master weights: fold a `copy.deepcopy` to keep them.
+    The outputs do not change by a bit, in eager mode and as long as the parameters require gradients as before: torch (2.13)
+    multiplies some batches in another order by weights that require none. A layer whose forward has run in no call of the model
+    since `sparsify` stays as it has computed, dense, with that reason (`never_called`).
+
+    Training on needs the dense master weights: fold a `copy.deepcopy` to keep them.
 
     Raises:
         ValueError: projections that were fused from the dense master weights, and have no masks.
     """
-    if any(True for _ in nm_layers(model)):
+    if is_sparse(model):
         refuse_fused(model)
     return _leave(model, keep_mask=True)
 
@@ -298,8 +365,10 @@ def decay_pruned(model: nn.Module, lr: float) -> None:
 
 def patterns(model: nn.Module) -> dict[str, NMPattern]:
     """The N:M pattern of every layer that has one: set (sparse-training layers) or found in the weights (folded ones)."""
-    found = {}
+    found, unused = {}, never_called(model)
     for name, module in weight_layers(model):
+        if name in unused or isinstance(module, TRANSPOSED):
+            continue
         pattern = module.pattern if isinstance(module, _NMLayer) else nm.detect(module.weight)
         if pattern is not None and pattern.n < pattern.m:
             found[name] = pattern

@@ -1,18 +1,17 @@
 """Multiply-accumulate counts: dense, theoretical sparse, and what the present backend really executes.
 
-One dry run on the meta device finds how often each layer runs; no arithmetic is done. Convolutions, linear layers and
-attention products count; norms, activations and biases do not (the papers' and torch.utils.flop_counter's convention, where
-1 MAC is 2 FLOPs). `FlopCounterMode` itself counts CPU attention as 0 in torch 2.13.
+One dry run (`models.dryrun`) finds how often each layer runs, and torch's `FlopCounterMode` counts all products. Convolutions,
+linear layers and attention products count; norms, activations and biases do not (the papers' and the counter's convention,
+where 1 MAC is 2 FLOPs). Attention is written out for the counter, which counts fused attention on CPUs as 0 in torch 2.13.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..masking import layers, nm
 from ..models import dryrun
@@ -41,7 +40,11 @@ class LayerMacs:
 
 @dataclass(frozen=True)
 class Macs:
-    """MACs of one model call per image. `attention` is the part of the totals spent on attention products."""
+    """MACs of one model call per image.
+
+    `attention` is the part of the totals outside of the layers: attention products, and weights that no layer's forward uses
+    (UNet1DModel's fixed resampling kernels).
+    """
 
     layers: tuple[LayerMacs, ...]
     attention: int
@@ -77,37 +80,15 @@ def count(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) ->
     Raises:
         ValueError: no `inputs` and a config that does not tell the input's shape.
     """
-    attention, modules = _AttentionCounter(), dict(model.named_modules())
-    positions = dryrun.positions(model, inputs, attention)
+    counter, modules = FlopCounterMode(display=False), dict(model.named_modules())
+    with sdpa_kernel(SDPBackend.MATH):
+        positions = dryrun.positions(model, inputs, counter)
     found = layers.patterns(model) | {n: m.pattern for n, m in modules.items() if is_packed(m)}
-    counted = (_layer(name, modules[name], n, found.get(name)) for name, n in positions.items())
-    return Macs(tuple(counted), attention.macs)
+    counted = tuple(_layer(name, modules[name], n, found.get(name)) for name, n in positions.items())
+    plain = sum(layer.dense for layer in counted if not is_packed(modules[layer.name]))  # the counter sees no packed kernels
+    return Macs(counted, counter.get_total_flops() // 2 - plain)
 
 
 def _layer(name: str, module: nn.Module, positions: int, pattern: nm.NMPattern | None) -> LayerMacs:
-    if is_packed(module):
-        return LayerMacs(name, math.prod(module.weight_shape) * positions, pattern, pattern.density)
-    return LayerMacs(name, module.weight.numel() * positions, pattern)
-
-
-class _AttentionCounter(TorchFunctionMode):
-    """Counts products of two activations: fused attention, and matmul, bmm or baddbmm written out."""
-
-    _PRODUCTS = (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__)
-
-    def __init__(self):
-        super().__init__()
-        self.macs = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            names = ("query", "key", "value")
-            query, key, value = (kwargs[n] if n in kwargs else args[i] for i, n in enumerate(names))
-            self.macs += query.numel() * key.shape[-2] + output.numel() * value.shape[-2]
-        elif func in self._PRODUCTS:
-            self.macs += output.numel() * args[0].shape[-1]
-        elif func in (torch.baddbmm, torch.Tensor.baddbmm):
-            self.macs += output.numel() * args[1].shape[-1]
-        return output
+    executed = pattern.density if is_packed(module) else 1.0
+    return LayerMacs(name, module.weight.shape.numel() * positions, pattern, executed)

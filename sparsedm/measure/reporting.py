@@ -8,7 +8,7 @@ from torch import nn
 
 from ..masking import nm
 from ..masking.dense import Rule, default_rule
-from ..masking.layers import WEIGHTED, NMConv2d, NMLinear, patterns, why_dense
+from ..masking.layers import NEVER_CALLED, WEIGHTED, NMConv2d, NMLinear, never_called, patterns, why_dense
 from ..packing.packed import is_packed
 from . import macs as macs_module
 
@@ -54,6 +54,8 @@ class Report:
             saved = 1 - self.sparse_macs / self.dense_macs
             text += f"; {self.dense_macs / 1e6:,.1f} M MACs dense, {self.sparse_macs / 1e6:,.1f} M sparse ({saved:.1%} fewer)"
             text += f", {self.executed_macs / 1e6:,.1f} M executed"
+        elif any(row.state == "sparse-training" for row in self.rows):
+            text += "; without inputs={...} neither MACs are known nor whether the model calls every one of them"
         return text
 
     def __str__(self) -> str:
@@ -72,7 +74,7 @@ def report(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> R
     """The state of every linear and convolution layer of `model`.
 
     Folded layers are found by their weights, which are verified to be N:M. `inputs` are those of one call with batch size
-    1, needed for MACs of models whose config does not tell them.
+    1, needed for MACs of models whose config does not tell them, and to see which layers that call leaves out.
     """
     counts = None
     try:
@@ -83,27 +85,29 @@ def report(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> R
     shown = [(n, m) for n, m in model.named_modules() if isinstance(m, WEIGHTED) or is_packed(m)]
     found = patterns(model) | {name: module.pattern for name, module in shown if is_packed(module)}
     pattern = next(iter(found.values()), None)  # what the dense layers could have had
-    excluded = default_rule(model)
-    rows = tuple(_row(name, module, found.get(name), counts, _note(excluded, name, module, pattern)) for name, module in shown)
+    excluded, unused = default_rule(model), never_called(model)
+    notes = {name: NEVER_CALLED if name in unused else _note(excluded, name, module, pattern) for name, module in shown}
+    rows = tuple(_row(name, module, found.get(name), counts, notes[name], name in unused) for name, module in shown)
     return Report(rows, counts and counts.dense, counts and counts.sparse, counts and counts.executed)
 
 
-def _row(name: str, module: nn.Module, pattern: nm.NMPattern | None, counts: macs_module.Macs | None, note: str) -> LayerRow:
+def _row(
+    name: str, module: nn.Module, pattern: nm.NMPattern | None, counts: macs_module.Macs | None, note: str, unused: bool
+) -> LayerRow:
+    layer, state = counts and counts.by_name.get(name), "folded" if pattern else "dense"
     if is_packed(module):
-        state, shape = "packed", module.weight_shape
-    else:
-        state = "sparse-training" if isinstance(module, (NMLinear, NMConv2d)) else "folded" if pattern else "dense"
-        shape = tuple(module.weight.shape)
-    share = None
-    if counts:
-        layer = counts.by_name.get(name)
-        share = layer.dense / counts.dense if layer else 0.0
-    return LayerRow(name, shape, str(pattern or ""), state, share, "" if state == "sparse-training" else note)
+        state = "packed"
+    elif isinstance(module, (NMLinear, NMConv2d)) and not unused:
+        state, note = "sparse-training", "" if layer or not counts else NEVER_CALLED
+    share = counts and (layer.dense / counts.dense if layer else 0.0)
+    return LayerRow(name, tuple(module.weight.shape), str(pattern or ""), state, share, note)
 
 
 def _note(excluded: Rule, name: str, module: nn.Module, pattern: nm.NMPattern | None) -> str:
     """Why a layer is dense or not packed: as noted when it was left so, or by the rules, for a model read from a file."""
-    noted = str(module.times or "") if is_packed(module) else getattr(module, "dense_reason", "")
-    if noted or pattern is None or is_packed(module):
+    if is_packed(module):
+        return str(module.times or "")
+    noted = getattr(module, "dense_reason", "")
+    if noted or pattern is None:
         return noted
     return why_dense(name, module, pattern, ("*",), excluded) or ""

@@ -126,7 +126,7 @@ def compare(what: str, models: Mapping[str, nn.Module], batch: int, compiled: bo
     variants = {}
     for name, model in models.items():
         variants |= _formats(name, model)
-        if not any(map(packed.is_packed, model.modules())):
+        if not packed.has_packed(model):
             variants |= _onednn(name, model, lambda model: model(**inputs))
         if compiled:
             variants[str(Variant(name, "compiled"))] = torch.compile(model)

@@ -13,40 +13,43 @@ from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from ..masking import layers, nm
 from ..masking.nm import NMPattern
+from .base import PackedLayer
 
 
-class SemiStructuredLayer(nn.Module):
-    """`nn.Linear`, or a 1x1 `nn.Conv2d`, whose weight [out, in] is compressed. For inference."""
+class SemiStructuredLayer(PackedLayer):
+    """`nn.Linear`, or a 1x1 `nn.Conv2d`, whose weight [out, in] is compressed. For inference.
+
+    `like` is an empty parameter, for code that asks a layer's parameters for their dtype or device.
+    """
 
     def __init__(self, plain: nn.Linear | nn.Conv2d, pattern: NMPattern | str):
-        super().__init__()
-        self.pattern, self.weight_shape = NMPattern.parse(pattern), tuple(plain.weight.shape)
+        super().__init__(plain, pattern)
         reason = why_not(plain, self.pattern) or ("its weight is not 2:4" if nm.verify(plain.weight, self.pattern) else "")
         if reason:
             raise ValueError(f"{type(plain).__name__} cannot be packed: {reason}")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*SparseSemiStructuredTensor.*")  # that it is a prototype
             self.compressed = to_sparse_semi_structured(plain.weight.detach().flatten(1).contiguous())
+        self.like = nn.Parameter(plain.weight.new_empty(0), requires_grad=False)
         self.register_buffer("bias", None if plain.bias is None else plain.bias.detach().clone())
-        self.times = None  # as packed.PackedLinear
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("packed layers have no gradient: sample under torch.no_grad(), or train before sparsedm.pack")
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.refuse_gradients(input)
         convolution = len(self.weight_shape) == 4
-        tokens = x.movedim(1, -1) if convolution else x
-        if x.is_meta:
+        tokens = input.movedim(1, -1) if convolution else input
+        if input.is_meta:
             y = tokens.new_empty(*tokens.shape[:-1], self.weight_shape[0])
         else:
             y = F.linear(tokens.contiguous(), self.compressed, self.bias)
         return y.movedim(-1, 1) if convolution else y
 
+    def kept(self) -> torch.Tensor:
+        return self.compressed
+
     def dense_weight(self) -> torch.Tensor:
-        """The weight [out, in, ...] with its zeros."""
         return self.compressed.to_dense().view(self.weight_shape)
 
     def plain(self) -> nn.Linear | nn.Conv2d:
-        """The same layer unpacked."""
         outputs, inputs = self.weight_shape[:2]
         bias = self.bias is not None
         plain = nn.Conv2d(inputs, outputs, 1, bias=bias) if len(self.weight_shape) == 4 else nn.Linear(inputs, outputs, bias)
@@ -54,9 +57,6 @@ class SemiStructuredLayer(nn.Module):
 
     def __deepcopy__(self, memo: dict) -> "SemiStructuredLayer":
         return type(self)(self.plain(), self.pattern)  # compressed tensors cannot be copied
-
-    def extra_repr(self) -> str:
-        return f"{'x'.join(map(str, self.weight_shape))}, pattern={self.pattern}, bias={self.bias is not None}"
 
 
 def why_not(module: nn.Module, pattern: NMPattern) -> str:

@@ -8,6 +8,7 @@ import copy
 import functools
 import math
 import zlib
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from ..masking.nm import NMPattern
 from ..models import dryrun
 from ..models.denoisers import Inputs, each, example_inputs
 from . import gpu, kernels, tensors, tuning
+from .base import PackedLayer
 from .gpu import SemiStructuredLayer
 
 BACKENDS = ("auto", "kernel")
@@ -25,17 +27,18 @@ WHOLE_FASTER = 1.03  # and keeps a model packed that gains this much as a whole
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class _PackedLayer(nn.Module):
-    """What the packed layers share: buffers `values` and `positions` of the weight [out, in, ...], and `bias` [out] or None."""
+class _CPULayer(PackedLayer):
+    """A layer for the CPU kernels: parameter `values` and buffers `positions` of the weight, and `bias` [out] or None.
+
+    `values` is a parameter, without gradient, for code that asks a layer's parameters for their dtype or device.
+    """
 
     def __init__(self, plain: nn.Linear | nn.Conv2d, pattern: NMPattern | str):
-        super().__init__()
-        self.pattern, self.weight_shape = NMPattern.parse(pattern), tuple(plain.weight.shape)
+        super().__init__(plain, pattern)
         values, positions = tensors.pack(plain.weight, self.pattern)
-        self.register_buffer("values", values)
+        self.values = nn.Parameter(values, requires_grad=False)
         self.register_buffer("positions", positions)
         self.register_buffer("bias", None if plain.bias is None else plain.bias.detach().clone())
-        self.times: tuning.Times | None = None  # what "auto" measured
         self._choose_kernel()
 
     def _choose_kernel(self) -> None:
@@ -46,31 +49,29 @@ class _PackedLayer(nn.Module):
         super().__setstate__(state)
         self._choose_kernel()  # the layer may come from another machine
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("packed layers have no gradient: sample under torch.no_grad(), or train before sparsedm.pack")
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.refuse_gradients(input)
         axis, inputs = self._channels, self.weight_shape[1]
-        if x.dim() < -axis or x.shape[axis] != inputs:
-            raise ValueError(f"{type(self).__name__} takes {inputs} inputs along axis {axis}, not x {list(x.shape)}")
-        if x.dtype not in _DTYPES:
-            raise ValueError(f"{type(self).__name__} takes float32, bfloat16 or float16, not {x.dtype}")
-        values, bias, device = self.values, self.bias, x.device.type
+        if input.dim() < -axis or input.shape[axis] != inputs:
+            raise ValueError(f"{type(self).__name__} takes {inputs} inputs along axis {axis}, not x {list(input.shape)}")
+        if input.dtype not in _DTYPES:
+            raise ValueError(f"{type(self).__name__} takes float32, bfloat16 or float16, not {input.dtype}")
+        values, bias, device = self.values, self.bias, input.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         wanted = torch.get_autocast_dtype(device) if autocast else values.dtype
         dtype = torch.bfloat16 if wanted == torch.bfloat16 and self._bfloat else torch.float32  # that for float16, too
         bias = None if bias is None else bias.to(dtype)
-        y = self._run(x.to(dtype), values.to(dtype), bias)
-        return y.to(wanted if autocast else x.dtype)
+        y = self._run(input.to(dtype), values.to(dtype), bias)
+        return y.to(wanted if autocast else input.dtype)
+
+    def kept(self) -> torch.Tensor:
+        return self.values
 
     def dense_weight(self) -> torch.Tensor:
-        """The weight [out, in, ...] with its zeros."""
         return tensors.unpack(self.values, self.positions, self.pattern, self.weight_shape)
 
-    def extra_repr(self) -> str:
-        return f"{'x'.join(map(str, self.weight_shape))}, pattern={self.pattern}, bias={self.bias is not None}"
 
-
-class PackedLinear(_PackedLayer):
+class PackedLinear(_CPULayer):
     """`nn.Linear` with a packed weight."""
 
     _channels = -1
@@ -83,12 +84,11 @@ class PackedLinear(_PackedLayer):
         return torch.ops.sparsedm.nm4_linear(x, values, self.positions, bias)
 
     def plain(self) -> nn.Linear:
-        """The same layer unpacked."""
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None)
         return layers.with_weights(plain, self.dense_weight(), self.bias)
 
 
-class PackedConv2d(_PackedLayer):
+class PackedConv2d(_CPULayer):
     """`nn.Conv2d` with a packed weight; one stride and zero padding for both axes."""
 
     _channels = -3
@@ -102,7 +102,6 @@ class PackedConv2d(_PackedLayer):
         return torch.ops.sparsedm.nm4_conv2d(x, values, self.positions, bias, kernel, stride, padding)
 
     def plain(self) -> nn.Conv2d:
-        """The same layer unpacked."""
         outputs, inputs = self.weight_shape[:2]
         conv = nn.Conv2d(inputs, outputs, self.kernel_size, self.stride, self.padding, bias=self.bias is not None)
         return layers.with_weights(conv, self.dense_weight(), self.bias)
@@ -118,7 +117,9 @@ def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: Inp
 
     Raises:
         ValueError: unknown backend, a model with no N:M sparse layer, or, for "auto", one whose config does not tell the shapes
-            of its inputs; nothing is changed then.
+            of its inputs.
+
+    Whatever is raised, also by the model when it is timed: nothing is changed then.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
@@ -126,29 +127,51 @@ def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: Inp
         raise ValueError(f"{type(model).__name__} has no N:M sparse layer to pack; sparsify and fold it first")
     auto = backend == "auto"
     shapes = dryrun.input_shapes(model, inputs) if auto else {}
-    patterns = layers.patterns(layers.fold(model).eval())
-    plain = copy.deepcopy(model) if auto else None
-    for name, pattern in patterns.items():
-        module = model.get_submodule(name)
-        reason, found = why_not(module, pattern), None
-        if not reason and name in shapes:
-            found = _times(module, pattern, (batch, *shapes[name][1:]))
-            reason = "" if found.gain >= FASTER else f"its packed kernel is no faster here ({found})"
-        module.dense_reason = reason
-        if not reason:
-            layer = packed_layer(module, pattern)
-            layer.times = found
-            _replace(model, name, layer)
-    if auto and any(map(is_packed, model.modules())):
-        _unpack_if_slower(model, plain, _batched(inputs, batch) if inputs else example_inputs(model, batch))
-    if any(map(is_packed, model.modules())) and hasattr(model, "save_pretrained"):
+    dense = _folded_beside(model)
+    reasons, packed = {}, {}
+    for name, pattern in layers.patterns(dense).items():
+        reasons[name], layer = _packed_or_why(dense.get_submodule(name), pattern, shapes.get(name), batch)
+        if layer:
+            packed[name] = layer
+    if auto and packed:
+        reason = _why_slower(dense, packed, _batched(inputs, batch) if inputs else example_inputs(model, batch))
+        if reason:
+            reasons |= dict.fromkeys(packed, reason)
+            packed = {}
+    layers.fold(model).eval()  # nothing fails from here on
+    for name, reason in reasons.items():
+        model.get_submodule(name).dense_reason = reason
+    for name, layer in packed.items():
+        _replace(model, name, layer)
+    if packed and hasattr(model, "save_pretrained"):
         model.save_pretrained = functools.partial(_save_unpacked, model)
     return model
 
 
+def _folded_beside(model: nn.Module) -> nn.Module:
+    """A folded copy in eval mode. It shares all tensors with the model but the weights that folding changes."""
+    masked = {id(module.weight) for _, module in layers.nm_layers(model)}
+    return layers.fold(dryrun.structure_of(model, lambda each: copy.deepcopy(each) if id(each) in masked else each)).eval()
+
+
+def _packed_or_why(
+    module: nn.Module, pattern: NMPattern, shape: tuple[int, ...] | None, batch: int
+) -> tuple[str, PackedLayer | None]:
+    """Why a folded layer is not packed, or "", and its packed form; timed if the `shape` of its input is known."""
+    reason, found = why_not(module, pattern), None
+    if not reason and shape:
+        found = _times(module, pattern, (batch, *shape[1:]))
+        reason = "" if found.gain >= FASTER else f"its packed kernel is no faster here ({found})"
+    if reason:
+        return reason, None
+    layer = packed_layer(module, pattern)
+    layer.times = found
+    return "", layer
+
+
 def _batched(inputs: Inputs, batch: int) -> Inputs:
     """The inputs of one picture, `batch` times."""
-    return each(lambda x: x.expand(batch, *x.shape[1:]) if x.dim() and x.shape[0] == 1 else x, inputs)
+    return each(lambda x: x.repeat(batch, *[1] * (x.dim() - 1)) if x.dim() and x.shape[0] == 1 else x, inputs)
 
 
 def _save_unpacked(self: nn.Module, save_directory, **kwargs) -> None:
@@ -156,21 +179,26 @@ def _save_unpacked(self: nn.Module, save_directory, **kwargs) -> None:
     unpack(copy.deepcopy(self)).save_pretrained(save_directory, **kwargs)
 
 
-def _unpack_if_slower(model: nn.Module, plain: nn.Module, inputs: Inputs) -> None:
-    """Layers that win alone may lose together: caches are cold within a model, and small layers cost overhead."""
-    names = {name: str(module.pattern) for name, module in model.named_modules() if is_packed(module)}
-    shapes = [(name, tuple(p.shape), p.dtype) for name, p in plain.named_parameters()]
+def _why_slower(dense: nn.Module, packed: Mapping[str, PackedLayer], inputs: Inputs) -> str:
+    """Why the model is not packed, or "": layers that win alone may lose together, as caches are cold within a model, and small
+    layers cost overhead."""
+    names = {name: str(layer.pattern) for name, layer in packed.items()}
+    shapes = [(name, tuple(p.shape), p.dtype) for name, p in dense.named_parameters()]
     key = (
-        type(model).__name__,
-        *{str(p.device) for p in plain.parameters()},
+        type(dense).__name__,
+        *{str(p.device) for p in dense.parameters()},
         zlib.crc32(repr((shapes, names)).encode()),
         *each(lambda x: tuple(x.shape), inputs).items(),
     )
-    found = tuning.times(key, lambda: {"dense": lambda: plain(**inputs), "packed": lambda: model(**inputs)}, rounds=7)
-    if found.gain < WHOLE_FASTER:
-        unpack(model)
-        for name in names:
-            model.get_submodule(name).dense_reason = f"the whole model is no faster packed ({found})"
+
+    def variants():
+        fast = dryrun.structure_of(dense)
+        for name, layer in packed.items():
+            _replace(fast, name, layer)
+        return {"dense": lambda: dense(**inputs), "packed": lambda: fast(**inputs)}
+
+    found = tuning.times(key, variants, rounds=7)
+    return "" if found.gain >= WHOLE_FASTER else f"the whole model is no faster packed ({found})"
 
 
 _PACKED_CLASS = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
@@ -247,4 +275,9 @@ def unpack(model: nn.Module) -> nn.Module:
 
 def is_packed(module: nn.Module) -> bool:
     """Whether `module` is a packed layer."""
-    return isinstance(module, (_PackedLayer, SemiStructuredLayer))
+    return isinstance(module, PackedLayer)
+
+
+def has_packed(model: nn.Module) -> bool:
+    """Whether `model` has packed layers."""
+    return any(map(is_packed, model.modules()))

@@ -15,7 +15,7 @@ from ..diffusion import add_noise, predict_noise, training_scheduler
 from ..masking import layers
 from ..models import denoisers, dryrun
 from ..models.denoisers import null_label
-from ..packing.packed import is_packed
+from ..packing.packed import has_packed
 from . import structure
 from .structure import Group
 
@@ -129,7 +129,7 @@ def check(model: nn.Module, ratio: float, score: str = "squared", round_to: int 
         raise ValueError(f"round_to {round_to} is not a positive number of channels")
     if getattr(getattr(model, "config", None), "pruning", None):
         raise ValueError("the model is pruned already; prune the original with a higher ratio")
-    if any(layers.nm_layers(model)) or any(map(is_packed, model.modules())):
+    if layers.is_sparse(model) or has_packed(model):
         raise ValueError("the model is in sparse training or packed; prune the dense one, and sparsify what is left")
 
 

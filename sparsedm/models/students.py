@@ -1,0 +1,36 @@
+"""Sparse students: `sparsify` by the rules of the layers, and by what one call of the model tells about them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..masking import layers
+from ..masking.nm import NMPattern
+from . import dryrun
+
+
+def sparsify(
+    model: nn.Module, pattern: str | NMPattern = "2:4", *, inputs: Mapping[str, torch.Tensor] | None = None, **rules
+) -> nn.Module:
+    """Turn the linear and convolution layers of `model` into sparse-training layers, in place; returns the model.
+
+    A dry run finds the layers whose forward is not all that uses their weight. A mask would hold in a part of the model only,
+    until `fold` writes zeros into the weight: such layers stay dense, and `sparsedm.report` says why.
+
+    Args:
+        pattern: N:M for every layer.
+        inputs: keyword arguments of one call, for models whose config does not tell their shapes. Without them the dry run
+            is left out for such a model; then `fold` leaves layers dense whose forward no call of the model has run.
+        **rules: include, exclude, overrides, decay, decay_mode and frozen, as `masking.layers.sparsify` has them.
+
+    Raises:
+        ValueError: as `masking.layers.sparsify`, and `inputs` that the model does not take raise what the model raises.
+    """
+    try:
+        bypassed = dryrun.bypassed(model, inputs)
+    except ValueError:
+        if inputs is not None:
+            raise
+        bypassed = {}
+    return layers.sparsify(model, pattern, bypassed=bypassed, **rules)
