@@ -325,7 +325,7 @@ def test_a_pruned_model_reloads_bit_for_bit_and_goes_through_the_rest_of_the_pac
         assert torch.equal(call(back), call(pruned))
     student = layers.fold(sparsedm.sparsify(back, "2:4"))
     assert any(nm.detect(m.weight) for m in student.modules() if isinstance(m, nn.Linear))
-    sparsedm.save_packed(student, tmp_path / "packed", dtype=None)
+    sparsedm.save_packed(student, tmp_path / "packed")
     assert torch.equal(call(sparsedm.load(tmp_path / "packed")), call(student))
 
 

@@ -16,6 +16,7 @@ from sparsedm.masking import nm
 from sparsedm.masking.layers import nm_layers, sparsify
 from sparsedm.measure import macs
 from sparsedm.models import papers
+from sparsedm.support import tensorfiles
 from sparsedm.support.files import replacing, replacing_folder
 
 # papers.md 3.3, 2.2, 2.6, 1.6: published parameters (M), MACs (G), FID; then [calc]: parameters, MACs lin+conv, with attention.
@@ -187,7 +188,7 @@ def test_an_unknown_name_lists_the_bundled_models():
     (lambda f: (f / folders.CONFIG).write_text("{nothing"), ValueError, [folders.CONFIG, "JSON"]),
     (lambda f: _edit_config(f, _class_name="NoSuchModel"), ValueError, [folders.CONFIG, "'NoSuchModel'"]),
     (lambda f: _edit_config(f, _class_name="DDPMPipeline"), ValueError, [folders.CONFIG, "'DDPMPipeline'"]),
-    (lambda f: _edit_config(f, embed_dim=32), ValueError, [folders.WEIGHTS, "UViTModel", NORM]),
+    (lambda f: _edit_config(f, embed_dim=32), ValueError, [folders.WEIGHTS, "UViTModel", "pos_embed"]),
     (lambda f: (f / folders.CONFIG).write_text("[]"), ValueError, [folders.CONFIG]),
     (lambda f: _edit_config(f, _class_name=None), ValueError, [folders.CONFIG, "None"]),
 ], ids=[
@@ -262,11 +263,11 @@ def test_a_damaged_split_folder_is_an_error_that_names_the_file(shards, damage, 
 def test_a_save_that_fails_midway_leaves_the_previous_folder(folder, make_model, monkeypatch, failure):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def half(weights, path, metadata=None):
+    def half(path, weights):
         path.write_bytes(b"half")
         raise failure
 
-    monkeypatch.setattr(folders, "save_file", half)
+    monkeypatch.setattr(tensorfiles, "save", half)
     with pytest.raises(type(failure)) as caught:
         folders.save(make_model("uvit", depth=2), folder)
     assert isinstance(failure, KeyboardInterrupt) or "untouched" in str(caught.value)
