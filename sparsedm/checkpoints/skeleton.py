@@ -26,6 +26,7 @@ def model_of(cls: type[ModelMixin], config: Mapping, pruning: structure.Record |
     Raises:
         ValueError: the class cannot be made of the config, it has many more tensors than `weights`, or the record does not fit.
     """
+    _check_layers(config, len(weights))
     model = _built(cls, config, len(weights), "meta")
     numbers = sum(value.numel() for value in weights.values())
     tables = _has_tables(model)
@@ -38,6 +39,13 @@ def model_of(cls: type[ModelMixin], config: Mapping, pruning: structure.Record |
             raise ValueError("the pruning record does not fit the weights: it keeps more channels than there are numbers")
         structure.apply(model, pruning)
     return model
+
+
+def _check_layers(config: Mapping, tensors: int) -> None:
+    """Some classes make lists as long as a config says before they make a layer."""
+    for key, value in config.items():
+        if ("layers" in key or "depth" in key) and isinstance(value, int) and value > tensors:
+            raise ValueError(f"{key} is {str(value)[:20]}, but there are {tensors} weights")
 
 
 def _built(cls: type[ModelMixin], config: Mapping, tensors: int, device: str) -> ModelMixin:

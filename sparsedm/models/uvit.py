@@ -93,7 +93,7 @@ class UViTModel(ModelMixin, ConfigMixin):
         conv: end with a 3x3 convolution (official: all but the Huge models).
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that do not divide, or are not positive.
     """
 
     _supports_gradient_checkpointing = True
@@ -115,6 +115,8 @@ class UViTModel(ModelMixin, ConfigMixin):
         conv: bool = True,
     ):
         super().__init__()
+        if min(sample_size, patch_size, in_channels, embed_dim, num_heads) < 1:
+            raise ValueError("sample_size, patch_size, in_channels, embed_dim and num_heads must be at least 1")
         if sample_size % patch_size:
             raise ValueError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}")
         if embed_dim % num_heads or embed_dim % 2:
