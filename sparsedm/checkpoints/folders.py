@@ -135,15 +135,17 @@ def _cast(name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Te
     if not value.is_floating_point():
         return value
     if not skeleton.is_finite(value):
-        raise ValueError(f"{name} holds NaN or infinity; a model that was saved so would not be loaded")
-    cast, kind = value.to(dtype), str(dtype).removeprefix("torch.")
-    wider = "save it in float32 or bfloat16" if dtype == torch.float16 else "save it in float32"
+        raise ValueError(f"{name} holds NaN or infinity; a folder with it would not be loaded")
+    cast, most = value.to(dtype), value.abs().max() if value.numel() else 0
+    kind, remedy = str(cast.dtype).removeprefix("torch."), f"save it in {_WIDER.get(cast.dtype, 'its own dtype')}"
     if not skeleton.is_finite(cast):
-        most = torch.finfo(dtype).max
-        raise ValueError(f"{name} holds {value.abs().max():.3g}, more than {kind} can ({most:.3g}); {wider}")
-    if cast.dtype != value.dtype and (cast.to(value.dtype) - value).abs().sum() > LOST * value.abs().sum():
-        raise ValueError(f"{name} is so small that {kind} makes zeros of much of it ({value.abs().max():.3g} at most); {wider}")
+        raise ValueError(f"{name} holds {most:.3g}, more than {kind} can ({torch.finfo(cast.dtype).max:.3g}); {remedy}")
+    if (cast.to(value.dtype) - value).abs().sum() > LOST * value.abs().sum():
+        raise ValueError(f"{name} is so small that {kind} makes zeros of much of it ({most:.3g} at most); {remedy}")
     return cast
+
+
+_WIDER = {torch.float16: "float32 or bfloat16", torch.bfloat16: "float32"}
 
 
 def dtype_of(name: str) -> torch.dtype:
