@@ -140,7 +140,7 @@ def _cast(name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Te
     kind, remedy = str(cast.dtype).removeprefix("torch."), f"save it in {_WIDER.get(cast.dtype, 'its own dtype')}"
     if not skeleton.is_finite(cast):
         raise ValueError(f"{name} holds {most:.3g}, more than {kind} can ({torch.finfo(cast.dtype).max:.3g}); {remedy}")
-    if (cast.to(value.dtype) - value).abs().sum() > LOST * value.abs().sum():
+    if cast.dtype != value.dtype and (cast.to(value.dtype) - value).abs().sum() > LOST * value.abs().sum():
         raise ValueError(f"{name} is so small that {kind} makes zeros of much of it ({most:.3g} at most); {remedy}")
     return cast
 

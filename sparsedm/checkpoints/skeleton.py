@@ -99,7 +99,7 @@ def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
-        elif value and isinstance(value, (dict, list, tuple)):
+        elif isinstance(value, (dict, list, tuple)):
             yield from _tensors(value.values() if isinstance(value, dict) else value)
 
 
@@ -130,7 +130,8 @@ def fill(model: nn.Module, weights: State) -> None:
 
 def _in_memory(name: str, value: torch.Tensor) -> torch.Tensor:
     """A copy, because a tensor of a file is mapped from it, with the strides of a fresh tensor: kernels are chosen by them."""
-    copy = torch.empty(value.shape, dtype=torch.float32 if value.is_floating_point() else value.dtype).copy_(value)
+    dtype = torch.float32 if value.is_floating_point() else value.dtype
+    copy = torch.empty(value.shape, dtype=dtype, device=value.device).copy_(value)
     if copy.is_floating_point() and not is_finite(copy):
         raise ValueError(f"{name} holds {copy[~copy.isfinite()][0]:g}")
     return copy

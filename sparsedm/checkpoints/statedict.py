@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
-from safetensors.torch import load_file
 
 from ..support import tensorfiles
 from ..support.files import parse_json
@@ -28,7 +27,7 @@ def read(path: str | Path) -> State:
         if str(path).endswith(".index.json"):
             content = read_shards(path)
         elif str(path).endswith(".safetensors"):
-            content = load_file(path)
+            content, _ = tensorfiles.read(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -218,9 +218,8 @@ def apply(model: nn.Module, record: Record, inputs: Mapping[str, torch.Tensor] |
     layers = dict(model.named_modules())
     kept = {name: _parsed(layers.get(name), name, axes) for name, axes in record.items()}
     heads = {name: _heads(name, module, kept) for name, module in layers.items() if isinstance(module, Attention)}
-    trial = _shrunk(dryrun.meta_copy(model), kept, heads)
     try:
-        dryrun.positions(trial, inputs)
+        dryrun.positions(_shrunk(dryrun.meta_copy(model), kept, heads), inputs)
     except Exception as error:  # of any kind: whatever the model's forward says to widths that it does not expect
         raise ValueError(f"{type(model).__name__} does not run with what is left of it: {error.__cause__ or error}") from error
     _shrunk(model, kept, heads).register_to_config(pruning=record)
