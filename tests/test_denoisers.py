@@ -193,7 +193,7 @@ def test_finetune_fold_save_load_count_and_report(name, tmp_path):
     folded = layers.fold(student)
     assert torch.equal(call(name, folded), expected) and not torch.equal(call(name, teacher), expected)
     folders.save(folded, tmp_path / "plain")
-    folders.save_packed(folded, tmp_path / "packed", torch.float32)
+    folders.save_packed(folded, tmp_path / "packed")
     for folder in ("plain", "packed"):
         assert torch.equal(call(name, folders.load(tmp_path / folder)), expected)
     counts, rows = macs.count(folded, inputs), sparsedm.report(folded, inputs).rows

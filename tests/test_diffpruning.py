@@ -326,8 +326,17 @@ def test_a_pruned_model_reloads_bit_for_bit_and_goes_through_the_rest_of_the_pac
         assert torch.equal(call(back), call(pruned))
     student = layers.fold(sparsedm.sparsify(back, "2:4"))
     assert any(nm.detect(m.weight) for m in student.modules() if isinstance(m, nn.Linear))
-    sparsedm.save_packed(student, tmp_path / "packed", dtype=None)
+    sparsedm.save_packed(student, tmp_path / "packed")
     assert torch.equal(call(sparsedm.load(tmp_path / "packed")), call(student))
+
+
+def test_a_record_that_leaves_less_than_a_channel_a_head_is_refused_and_changes_nothing(make_model):
+    model = make_model("unet", attention_head_dim=4)
+    before = copy.deepcopy(model)
+    record = {f"mid_block.attentions.0.{name}": {"out": "0"} for name in ("to_q", "to_k")}
+    with pytest.raises(ValueError, match="UNet2DModel does not run with what is left of it"):
+        structure.apply(model, record)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

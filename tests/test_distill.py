@@ -1,6 +1,7 @@
 """Training: what the loss is, that it learns, and that a killed run ends where an unbroken one does."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -264,6 +265,76 @@ def test_damaged_checkpoint_is_refused_by_name(tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="checkpoint.pt is not a readable checkpoint"):
         run(tiny(), out=tmp_path)
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(tmp_path):
+    whole, draw, refused = tiny(), random.Random(0), 0
+    run(whole, out=tmp_path)
+    path = tmp_path / distill.CHECKPOINT
+    content = path.read_bytes()
+    for _ in range(60):
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        again = tiny()
+        try:
+            run(again, out=tmp_path)  # it has no step left: the weights are those of the checkpoint
+        except ValueError as error:
+            assert path.name in str(error)
+            refused += 1
+            continue
+        assert equal(whole, again)
+    assert refused > 30
+
+
+def _change_optimizer(state, key, change):
+    entry = state["states"][2]["state"][0]
+    entry[key] = change(entry[key])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: _change_optimizer(c, "exp_avg", lambda x: x.flatten()[:3]), r"exp_avg of parameter 0 has shape \[3\]"),
+        (lambda c: _change_optimizer(c, "exp_avg_sq", lambda x: x.mT.contiguous()), "exp_avg_sq of parameter 0 has shape"),
+        (lambda c: _change_optimizer(c, "step", lambda x: torch.ones(5)), r"step of parameter 0 has shape \[5\], not \[\]"),
+        (lambda c: c["states"][2]["state"][0].pop("exp_avg_sq"), "its optimizer keeps step, exp_avg of parameter 0"),
+        (lambda c: c["states"][2]["param_groups"][0]["params"].reverse(), "its optimizer has other parameters"),
+        (lambda c: c["states"][1]["shadow_params"].__setitem__(0, torch.zeros(3)), r"the average has shape \[3\]"),
+        (lambda c: c["states"][1]["shadow_params"].pop(), "checkpoint.pt is not of this model"),
+        (lambda c: c["states"][0].popitem(), "checkpoint.pt is not of this model.*final_layer"),
+        (lambda c: c["states"].pop(), "checkpoint.pt is not of this model"),
+        (lambda c: c.update(config=3), "checkpoint.pt is not a readable checkpoint"),
+        (lambda c: c.update(step="6"), "checkpoint.pt is not a readable checkpoint"),
+    ],
+)
+def test_a_checkpoint_whose_tensors_have_other_shapes_is_refused_before_an_optimizer_sees_them(tmp_path, change, message):
+    _stop(distill.train(tiny(), "digits", out=tmp_path, **STEPS), 2)
+    path = tmp_path / distill.CHECKPOINT
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=message):
+        run(tiny(), out=tmp_path)
+
+
+def _stop(states, steps):
+    for _ in range(steps):
+        next(states)
+    states.close()
+
+
+def test_moments_of_an_optimizer_get_the_strides_of_their_parameters(tmp_path):
+    whole, resumed = tiny(), tiny()
+    run(whole)
+    _stop(distill.train(tiny(), "digits", out=tmp_path, **STEPS), 2)
+    content = torch.load(tmp_path / distill.CHECKPOINT, weights_only=True)
+    for entry in content["states"][2]["state"].values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            entry[key] = entry[key].movedim(0, -1).contiguous().movedim(-1, 0)  # the same numbers, in another order in memory
+    torch.save(content, tmp_path / distill.CHECKPOINT)
+    run(resumed, out=tmp_path)
+    assert equal(whole, resumed)
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):

@@ -1,19 +1,50 @@
-"""Damaged model folders: 2,800 of them, each refused with a clear error or read as what was saved."""
+"""Damaged model folders, hundreds of each kind: each is refused at once, by the file's name, or read as what was saved."""
 
 import json
 import random
+import time
 
 import pytest
 import torch
+from diffusers import UNet2DModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from sparsedm import diffusion
 from sparsedm.checkpoints import folders
 from sparsedm.masking import layers
 from sparsedm.models.uvit import UViTModel
 from sparsedm.pruning import diffpruning
 
-COUNT = 700
+COUNT = 300
+SECONDS = 1.0  # of computing, for any damaged folder
 CONFIG = {"sample_size": 8, "in_channels": 1, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
-REFUSED = (ValueError, OSError)
+SCHEDULE = {
+    "num_train_timesteps": 1000, "prediction_type": "v_prediction", "beta_start": 1e-4, "beta_end": 0.02,
+    "beta_schedule": "linear", "clip_sample": True, "trained_betas": None,
+}  # fmt: skip
+DEEP = json.loads("[" * 200 + "]" * 200)
+VALUES = (
+    None, "x", "", "8", [], {}, [1, 2], -1, 0, 1.5, True, 4096, 65536, 10**9, 10**30, float("nan"), float("inf"), DEEP,
+    {"a": {"b": [1]}}, {"mid_block.mlp.fc1": {"out": "0-999999999"}},
+)  # fmt: skip
+
+
+def load(folder, *files):
+    """The model in a folder, or None if it was refused as a damaged one must be."""
+    began = time.process_time()
+    try:
+        return folders.load(folder)
+    except (ValueError, OSError) as error:
+        assert any(file in str(error) for file in files), error
+        return None
+    finally:
+        assert time.process_time() - began < SECONDS
+
+
+def same(model, back) -> bool:
+    stored = back.state_dict()
+    return all(torch.equal(value, stored[key]) for key, value in model.state_dict().items())
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
@@ -41,65 +72,109 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-@pytest.fixture
-def folder(tmp_path):
+def uvit() -> UViTModel:
     torch.manual_seed(0)
-    model = layers.fold(layers.sparsify(UViTModel(**CONFIG), "2:4"))
-    return model, tmp_path / "model"
+    model = UViTModel(**CONFIG)
+    model.register_to_config(noise_schedule=SCHEDULE)
+    return model
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-def test_damaged_weights_are_refused_or_read_whole(folder, packed):
-    model, path = folder
-    folders.save(model, path, packed=packed)
-    file = folders.weights_of(path)
-    whole, draw, refused = file.read_bytes(), random.Random(1), 0
-    for _ in range(COUNT):
-        file.write_bytes(damaged(whole, draw))
-        try:
-            back = folders.load(path)
-        except REFUSED as error:
-            refused += 1
-            assert str(error)
-            continue
-        for key, value in model.state_dict().items():
-            assert torch.equal(value, back.state_dict()[key]), f"{key} was read changed"
-    assert refused > 0.9 * COUNT
+def test_damaged_weights_are_refused_or_read_whole(packed, tmp_path):
+    model = layers.fold(layers.sparsify(uvit(), "2:4"))
+    folders.save(model, tmp_path, packed=packed)
+    file, draw, refused = folders.weights_of(tmp_path), random.Random(1), 0
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for i in range(COUNT):
+        file.write_bytes(damaged(whole[:header], draw) + whole[header:] if i % 2 else damaged(whole, draw))
+        back = load(tmp_path, file.name)
+        refused += back is None
+        assert back is None or same(model, back)
+    assert refused > 0.8 * COUNT
+
+
+@pytest.mark.parametrize("key", ["checksums", "layers", "format", "version"])
+def test_any_metadata_of_a_packed_file_is_read_or_refused(key, tmp_path):
+    model = layers.fold(layers.sparsify(uvit(), "2:4"))
+    folders.save_packed(model, tmp_path)
+    file = folders.weights_of(tmp_path)
+    with safe_open(file, "pt") as opened:
+        weights, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    values = [json.dumps(value) for value in VALUES] + ["[" * 100_000, "²", "\0", ""]
+    if key == "layers":
+        first, *_ = known = json.loads(metadata[key])
+        for part in (None, *known[first]):
+            values += [json.dumps(known | {first: value if part is None else known[first] | {part: value}}) for value in VALUES]
+    for value in values:
+        save_file(weights, file, metadata | {key: value})
+        back = load(tmp_path, file.name)
+        assert back is None or same(model, back)
 
 
 def test_damaged_indexes_are_refused_or_read_whole(tmp_path):
-    torch.manual_seed(0)
-    model = UViTModel(**CONFIG)
+    model = uvit()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     file = tmp_path / folders.INDEX
     whole, draw, refused = file.read_bytes(), random.Random(3), 0
     for _ in range(COUNT):
         file.write_bytes(damaged(whole, draw))
-        try:
-            back = folders.load(tmp_path)
-        except REFUSED as error:
-            refused += 1
-            assert str(error)
-            continue
-        assert all(torch.equal(value, back.state_dict()[key]) for key, value in model.state_dict().items())
+        back = load(tmp_path, file.name, ".safetensors")
+        refused += back is None
+        assert back is None or same(model, back)
     assert refused > 0.9 * COUNT
 
 
 def test_damaged_configs_and_records_are_refused_or_give_a_model_of_these_weights(tmp_path):
-    torch.manual_seed(0)
-    pruned = diffpruning.prune(UViTModel(**CONFIG), 0.5, score="random")
-    folders.save(pruned, tmp_path / "model")
-    file = tmp_path / "model" / folders.CONFIG
+    pruned = diffpruning.prune(uvit(), 0.5, score="random")
+    folders.save(pruned, tmp_path)
+    file = tmp_path / folders.CONFIG
     whole, draw, refused = file.read_bytes(), random.Random(2), 0
     assert "pruning" in json.loads(whole)
     for _ in range(COUNT):
         file.write_bytes(damaged(whole, draw))
-        try:
-            back = folders.load(tmp_path / "model")
-        except REFUSED as error:
-            refused += 1
-            assert str(error)
-            continue
-        for key, value in pruned.state_dict().items():
-            assert torch.equal(value, back.state_dict()[key])
+        back = load(tmp_path, file.name)
+        refused += back is None
+        assert back is None or same(pruned, back)
     assert refused > 0.5 * COUNT
+
+
+def unet() -> UNet2DModel:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1}
+    return UNet2DModel(**blocks, **sizes, norm_num_groups=4, attention_head_dim=8)
+
+
+@pytest.mark.parametrize("make", [uvit, unet])
+def test_any_value_in_a_config_is_refused_or_gives_a_model_of_these_weights(make, tmp_path):
+    model, refused, read = make(), 0, 0
+    folders.save(model, tmp_path)
+    file = tmp_path / folders.CONFIG
+    config = json.loads(file.read_text()) | {"pruning": None, "noise_schedule": None}
+    changes = [{key: value} for key in config for value in VALUES] + [{key: ...} for key in config]
+    for change in random.Random(4).sample(changes, 150):
+        other = {name: value for name, value in {**config, **change}.items() if value is not ...}
+        file.write_text(json.dumps(other))
+        back = load(tmp_path, file.name)
+        refused, read = refused + (back is None), read + (back is not None)
+        assert back is None or same(model, back)
+    assert refused > 50 and read > 30
+
+
+def test_any_value_in_a_noise_schedule_is_refused_or_sampled_with(tmp_path):
+    model, refused, drawn = uvit(), 0, 0
+    folders.save(model, tmp_path)
+    file = tmp_path / folders.CONFIG
+    config, labels = json.loads(file.read_text()), torch.zeros(1, dtype=torch.long)
+    for key in SCHEDULE:
+        for value in VALUES:
+            file.write_text(json.dumps(config | {"noise_schedule": SCHEDULE | {key: value}}))
+            back = load(tmp_path, file.name)
+            refused += back is None
+            for sampler in diffusion.SAMPLERS if back else ():
+                noise = diffusion.start_noise(back, 1)
+                steps = min(2, back.config.noise_schedule["num_train_timesteps"])
+                diffusion.generate(back, noise, sampler=sampler, steps=steps, class_labels=labels)
+                drawn += 1
+    assert refused > 80 and drawn > 50

@@ -53,7 +53,7 @@ def test_weight_that_is_not_sparse_is_refused_not_cut():
 def test_bundled_students_take_nine_sixteenths_and_load_equal(tmp_path):
     for name in (n for n in folders.bundled() if n.endswith("-2x4")):
         model = sparsedm.load(name)
-        sparsedm.save_packed(model, tmp_path / name)
+        sparsedm.save_packed(model, tmp_path / name, torch.float16)
         dense = (folders.ASSETS / name / folders.WEIGHTS).stat().st_size
         assert (tmp_path / name / folders.PACKED).stat().st_size < 0.6 * dense
         loaded = sparsedm.load(tmp_path / name)
@@ -63,14 +63,14 @@ def test_bundled_students_take_nine_sixteenths_and_load_equal(tmp_path):
 
 def test_sparse_training_model_is_folded_when_packed(make_model, tmp_path):
     model = layers.sparsify(make_model("unet"))
-    sparsedm.save_packed(model, tmp_path / "packed", dtype=None)
+    sparsedm.save_packed(model, tmp_path / "packed")
     loaded, expected = sparsedm.load(tmp_path / "packed").state_dict(), layers.folded(model).state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in expected.items())
     assert layers.is_sparse(model)
 
 
 def test_patterns_that_would_grow_stay_dense(make_model, tmp_path):
-    sparsedm.save_packed(layers.sparsify(make_model("uvit"), "7:8"), tmp_path / "packed")
+    sparsedm.save_packed(layers.sparsify(make_model("uvit"), "7:8"), tmp_path / "packed", torch.float16)
     with safe_open(tmp_path / "packed" / folders.PACKED, "pt") as file:
         assert not any(name.endswith(tensors.VALUES) for name in file.keys())  # noqa: SIM118
 

@@ -3,10 +3,14 @@
 import errno
 import json
 import os
+import re
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel, EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,6 +20,7 @@ from sparsedm.masking import nm
 from sparsedm.masking.layers import nm_layers, sparsify
 from sparsedm.measure import macs
 from sparsedm.models import papers
+from sparsedm.support import tensorfiles
 from sparsedm.support.files import replacing, replacing_folder
 
 # papers.md 3.3, 2.2, 2.6, 1.6: published parameters (M), MACs (G), FID; then [calc]: parameters, MACs lin+conv, with attention.
@@ -116,6 +121,18 @@ def test_bundled_students_are_2_4_in_every_layer_that_sparsify_converts(name):
         assert type(model.get_submodule(layer)) in (nn.Linear, nn.Conv2d)
 
 
+@pytest.mark.parametrize("name", folders.bundled())
+def test_a_flipped_bit_in_a_bundled_model_is_refused_by_the_tensors_name(name, tmp_path):
+    folder = shutil.copytree(folders.ASSETS / name, tmp_path / name)
+    path = folder / folders.WEIGHTS
+    content, before = bytearray(path.read_bytes()), load_file(folders.ASSETS / name / folders.WEIGHTS)
+    content[-1] ^= 1
+    path.write_bytes(content)
+    changed = [key for key, value in load_file(path).items() if not torch.equal(value, before[key])]
+    with pytest.raises(ValueError, match=rf"{folders.WEIGHTS}: {re.escape(changed[0])} is damaged \(its checksum differs\)"):
+        sparsedm.load(folder)
+
+
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -187,7 +204,7 @@ def test_an_unknown_name_lists_the_bundled_models():
     (lambda f: (f / folders.CONFIG).write_text("{nothing"), ValueError, [folders.CONFIG, "JSON"]),
     (lambda f: _edit_config(f, _class_name="NoSuchModel"), ValueError, [folders.CONFIG, "'NoSuchModel'"]),
     (lambda f: _edit_config(f, _class_name="DDPMPipeline"), ValueError, [folders.CONFIG, "'DDPMPipeline'"]),
-    (lambda f: _edit_config(f, embed_dim=32), ValueError, [folders.WEIGHTS, "UViTModel", NORM]),
+    (lambda f: _edit_config(f, embed_dim=32), ValueError, [folders.WEIGHTS, "UViTModel", "pos_embed"]),
     (lambda f: (f / folders.CONFIG).write_text("[]"), ValueError, [folders.CONFIG]),
     (lambda f: _edit_config(f, _class_name=None), ValueError, [folders.CONFIG, "None"]),
 ], ids=[
@@ -199,6 +216,166 @@ def test_a_damaged_folder_is_an_error_that_names_the_file(folder, damage, error,
     with pytest.raises(error) as caught:
         folders.load(folder)
     assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
+
+
+# --- what a folder may ask for ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def little_memory():
+    """Half a GiB more than there is now, and no more."""
+    resource = pytest.importorskip("resource")
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**29, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+PIXART = {"_class_name": "PixArtTransformer2DModel", "num_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "file", "message"),
+    [
+        ({"depth": 65536}, folders.CONFIG, "depth is 65536, but there are"),
+        ({"sample_size": 4096}, folders.WEIGHTS, r"pos_embed has shape \[1, 18, 16\], not \[1, 4194306, 16\]"),
+        ({"embed_dim": 2**16, "num_classes": 10**9}, folders.WEIGHTS, "pos_embed has shape"),
+        ({"embed_dim": 10**12}, folders.CONFIG, "no UViTModel can be made of it"),
+        ({"pruning": {"mid_block.mlp.fc1": {"out": "0-999999999"}}}, folders.CONFIG, "pruning record does not fit"),
+        ({"pruning": [1]}, folders.CONFIG, "pruning record is no object"),
+        ({"pruning": 5}, folders.CONFIG, "pruning record is no object"),
+        ({"_class_name": "FluxTransformer2DModel"}, folders.CONFIG, "many more than there are weights"),
+        (PIXART | {"sample_size": 2**14}, folders.CONFIG, "PixArtTransformer2DModel is many times as large as the weights"),
+        ({"_class_name": "UNet2DModel", "layers_per_block": 10**9}, folders.CONFIG, "layers_per_block is 1000000000"),
+        ({"_class_name": "UNet2DModel", "block_out_channels": [2**15] * 2}, folders.CONFIG, "no UNet2DModel can be made"),
+        ({"noise_schedule": {"num_train_timesteps": 10**12}}, folders.CONFIG, "num_train_timesteps is 1000000000000"),
+    ],
+)
+def test_a_config_takes_neither_memory_nor_time(folder, little_memory, change, file, message):
+    _edit_config(folder, **change)
+    began = time.process_time()
+    with pytest.raises(ValueError, match=message) as caught:
+        folders.load(folder)
+    assert time.process_time() - began < 1 and str(folder / file) in str(caught.value)
+
+
+def test_a_config_without_weights_is_refused_before_a_model_is_made(tmp_path, little_memory):
+    (tmp_path / folders.CONFIG).write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(FileNotFoundError, match=f"{folders.WEIGHTS} is missing"):
+        folders.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"beta_schedule": "lin"}, "lin"),
+        ({"prediction_type": "noise"}, "noise"),
+        ({"num_train_timesteps": 1000.0}, "num_train_timesteps is 1000.0"),
+        ({"beta_end": float("nan")}, "no variances from 0 to 1"),
+        ({"beta_start": -0.1}, "no variances from 0 to 1"),
+        ({"trained_betas": "x"}, "data type 'str'"),
+        ([], "is no object"),
+        ("linear", "is no object, but linear"),
+    ],
+)
+def test_a_noise_schedule_is_tried_when_it_is_loaded(folder, schedule, message):
+    _edit_config(folder, noise_schedule=schedule)
+    with pytest.raises(ValueError, match=rf"{folders.CONFIG}: its noise schedule cannot be sampled with.*{message}"):
+        folders.load(folder)
+
+
+def test_the_schedule_of_a_pipeline_is_tried_as_the_scheduler_that_it_is_of(make_model, tmp_path):
+    EulerDiscreteScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "scheduler")
+    make_model("unet").save_pretrained(tmp_path / "unet")
+    assert folders.load(tmp_path).config.noise_schedule["_class_name"] == "EulerDiscreteScheduler"
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_schedule": "lin"}))
+    with pytest.raises(ValueError, match=r"scheduler_config\.json: its noise schedule cannot be sampled with"):
+        folders.load(tmp_path)
+
+
+def test_tables_that_are_not_in_the_weights_are_made_by_the_class(tmp_path):
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "sample_size": 8}
+    model = DiTTransformer2DModel(**sizes, num_layers=1, num_embeds_ada_norm=5, norm_num_groups=4)
+    folders.save(model, tmp_path / "dit")
+    loaded = dict(folders.load(tmp_path / "dit").named_buffers())
+    assert any(name not in model.state_dict() for name in loaded)
+    assert all(torch.equal(value, loaded[name]) for name, value in model.named_buffers())
+
+
+def test_a_loaded_model_owes_nothing_to_the_file_or_to_chance(folder, make_model):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    loaded, path = folders.load(folder), folder / folders.WEIGHTS
+    assert torch.equal(torch.get_rng_state(), before)
+    with open(path, "r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in make_model("uvit").state_dict().items())
+    assert all(p.requires_grad for p in loaded.parameters())
+
+
+# --- what is saved ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_at_load_and_not_saved(folder, make_model, packed, value):
+    model = make_model("uvit")
+    with torch.no_grad():
+        model.mid_block.mlp.fc1.weight[3, 5] = value
+    with pytest.raises(ValueError, match=r"mid_block\.mlp\.fc1\.weight holds NaN or infinity"):
+        folders.save(model, folder, packed=packed)
+    save_file(model.state_dict(), folder / folders.WEIGHTS)
+    with pytest.raises(ValueError, match=rf"{folders.WEIGHTS}: mid_block\.mlp\.fc1\.weight holds {value:g}"):
+        folders.load(folder)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize(
+    ("dtype", "scale", "message"),
+    [
+        (torch.float16, 1e7, r"holds .*, more than float16 can \(6\.55e\+04\); save it in float32 or bfloat16"),
+        (torch.float16, 1e-7, "is so small that float16 makes zeros .*; save it in float32 or bfloat16"),
+        (torch.bfloat16, 3.4e38, r"holds .*, more than bfloat16 can .*; save it in float32"),
+        (torch.bfloat16, 1e-39, "is so small that bfloat16 makes zeros .*; save it in float32"),
+    ],
+)
+def test_a_layer_that_a_dtype_cannot_hold_is_refused_by_name(folder, make_model, packed, dtype, scale, message):
+    model, kept = make_model("uvit"), {path.name: path.read_bytes() for path in folder.iterdir()}
+    weight = model.mid_block.mlp.fc1.weight
+    with torch.no_grad():
+        weight.div_(weight.abs().max()).mul_(scale)
+    with pytest.raises(ValueError, match=rf"^mid_block\.mlp\.fc1\.weight {message}"):
+        folders.save(model, folder, dtype, packed=packed)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+    folders.save(model, folder, packed=packed)
+    assert torch.equal(folders.load(folder).mid_block.mlp.fc1.weight, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_packed_folder_keeps_the_models_own_dtype(make_model, tmp_path, dtype):
+    student = sparsedm.fold(sparsedm.sparsify(make_model("uvit"), "2:4")).to(dtype)
+    sparsedm.save_packed(student, tmp_path / "own")
+    stored = load_file(tmp_path / "own" / folders.PACKED)
+    assert {value.dtype for value in stored.values() if value.is_floating_point()} == {dtype}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_equal_models_are_equal_bytes_that_everybody_may_read_who_may_read_the_config(make_model, tmp_path, packed):
+    student = sparsedm.fold(sparsedm.sparsify(make_model("uvit"), "2:4"))
+    written = set()
+    for i, mask in enumerate([0o022, 0o027] * 3):
+        before = os.umask(mask)
+        try:
+            folders.save(student, tmp_path / str(i), packed=packed)
+        finally:
+            os.umask(before)
+        file = folders.weights_of(tmp_path / str(i))
+        assert file.stat().st_mode == (tmp_path / str(i) / folders.CONFIG).stat().st_mode
+        assert file.stat().st_mode & 0o777 == 0o666 & ~mask
+        written.add(file.read_bytes())
+    assert len(written) == 1
 
 
 # --- folders that diffusers has split ---------------------------------------------------------------------------------
@@ -262,11 +439,11 @@ def test_a_damaged_split_folder_is_an_error_that_names_the_file(shards, damage, 
 def test_a_save_that_fails_midway_leaves_the_previous_folder(folder, make_model, monkeypatch, failure):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def half(weights, path, metadata=None):
+    def half(path, weights):
         path.write_bytes(b"half")
         raise failure
 
-    monkeypatch.setattr(folders, "save_file", half)
+    monkeypatch.setattr(tensorfiles, "save", half)
     with pytest.raises(type(failure)) as caught:
         folders.save(make_model("uvit", depth=2), folder)
     assert isinstance(failure, KeyboardInterrupt) or "untouched" in str(caught.value)

@@ -1,30 +1,31 @@
 """Model folders: config.json and safetensors, plain or packed, and the checkpoints that ship with the package."""
 
 import copy
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import ModelMixin
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from diffusers import ModelMixin, SchedulerMixin
 
-from .. import models
+from .. import diffusion, models
 from ..masking import layers, nm
+from ..models import denoisers
 from ..packing import tensors
 from ..packing.packed import has_packed, unpack
-from ..pruning import structure
-from ..support.files import replacing_folder, restore
-from . import statedict
+from ..support import tensorfiles
+from ..support.files import parse_json, replacing_folder, restore
+from . import skeleton, statedict
 
 ASSETS = Path(__file__).parent.parent / "assets"
 WEIGHTS, PACKED, CONFIG = "diffusion_pytorch_model.safetensors", "packed.safetensors", "config.json"
+SCHEDULE = "scheduler/scheduler_config.json"  # of a pipeline
 INDEX, SHARDS = f"{WEIGHTS}.index.json", "diffusion_pytorch_model-*.safetensors"  # of weights that diffusers has split
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of saved weights
+LOST = 0.01  # of the size of a tensor; a float16 or bfloat16 of normal size loses 0.0015 at most
+MOST_STEPS = 100_000  # of a noise schedule
 
 
 def bundled() -> tuple[str, ...]:
@@ -40,19 +41,27 @@ def load(name_or_folder: str | Path) -> ModelMixin:
     they are those of its scheduler.
 
     Raises:
-        ValueError: unknown name, or a config or weights file that is truncated, renamed or of another shape (named).
+        ValueError: unknown name; a config, noise schedule or pruning record that makes no model; weights that are truncated,
+            damaged (their checksums tell, if there are any), not finite, or not those of the config. The file is named. No
+            more memory is taken than the weights need.
         FileNotFoundError: the folder has no config or no weights.
     """
     folder = _folder_of(name_or_folder)
     config = read_json(folder / CONFIG)
     schedule, pruning = config.pop("noise_schedule", None), config.pop("pruning", None)
-    model = _class_of(config, folder).from_config(config)
-    if pruning:
-        structure.apply(model, pruning)
-    _load_weights(model, weights_of(folder))
-    schedule = pipeline_schedule(folder) if schedule is None else schedule
-    if schedule is not None:
-        model.register_to_config(noise_schedule=schedule)
+    cls, path = _class_of(config, folder), weights_of(folder)
+    weights = _read_weights(path)
+    try:
+        model = skeleton.model_of(cls, config, pruning, weights)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    if misfits := skeleton.misfits(model, weights):
+        raise ValueError(f"{path} does not fit {cls.__name__} as {CONFIG} describes it: {misfits}")
+    try:
+        skeleton.fill(model, weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; fetch or save it again") from error
+    _take_schedule(model, schedule, folder)
     return model.eval()
 
 
@@ -95,9 +104,11 @@ def save(
     Weights are written as `dtype`, or as they are; those of sparse-training layers are folded, those of
     packed layers unpacked; the model is not touched.
     With `packed` the N:M sparse ones are written without their zeros (packing/tensors.py), else as diffusers does.
+    Equal models make equal files, with a checksum for each tensor.
 
     Raises:
-        ValueError: `folder` holds other things, or the model has adapters or fused projections, which `load` cannot rebuild.
+        ValueError: `folder` holds other things; the model has adapters or fused projections, which `load` cannot rebuild; a
+            tensor is not finite, too large for `dtype`, or so small that it would lose more than `LOST` of itself (named).
         OSError: it cannot be written; an earlier folder stays.
     """
     layers.refuse_adapters(model)
@@ -109,14 +120,32 @@ def save(
         model = unpack(copy.deepcopy(model))
     with replacing_folder(folder) as temporary:
         model.save_config(temporary)
-        weights = {k: v.detach().to(dtype if v.is_floating_point() else None).contiguous() for k, v in model.state_dict().items()}
+        weights = {name: _cast(name, value, dtype) for name, value in model.state_dict().items()}
         if packed:
             tensors.write(temporary / PACKED, weights, _worth_packing(model, weights))
         else:
-            metadata = {"format": "pt", tensors.CHECKSUMS: tensors.checksums(weights)}
-            save_file(weights, temporary / WEIGHTS, metadata=metadata)
+            tensorfiles.save(temporary / WEIGHTS, weights)
         if card:
             (temporary / "README.md").write_text(card)
+
+
+def _cast(name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor of a model as it is saved."""
+    value = value.detach().cpu().contiguous()
+    if not value.is_floating_point():
+        return value
+    if not skeleton.is_finite(value):
+        raise ValueError(f"{name} holds NaN or infinity; a folder with it would not be loaded")
+    cast, most = value.to(dtype), value.abs().max() if value.numel() else 0
+    kind, remedy = str(cast.dtype).removeprefix("torch."), f"save it in {_WIDER.get(cast.dtype, 'its own dtype')}"
+    if not skeleton.is_finite(cast):
+        raise ValueError(f"{name} holds {most:.3g}, more than {kind} can ({torch.finfo(cast.dtype).max:.3g}); {remedy}")
+    if cast.dtype != value.dtype and (cast.to(value.dtype) - value).abs().sum() > LOST * value.abs().sum():
+        raise ValueError(f"{name} is so small that {kind} makes zeros of much of it ({most:.3g} at most); {remedy}")
+    return cast
+
+
+_WIDER = {torch.float16: "float32 or bfloat16", torch.bfloat16: "float32"}
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -135,8 +164,11 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def save_packed(model: ModelMixin, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:
-    """`save` without the zeros of N:M sparse weights: at 2:4 in float16 9/16 of the dense bytes. `load` reads it."""
+def save_packed(model: ModelMixin, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """`save` without the zeros of N:M sparse weights, in the model's own dtype unless another is asked for. `load` reads it.
+
+    A 2:4 weight takes 9/16 of its dense bytes in float16 and bfloat16, 17/32 in float32.
+    """
     save(model, folder, dtype, packed=True)
 
 
@@ -149,16 +181,16 @@ def _worth_packing(model: ModelMixin, weights: Mapping[str, torch.Tensor]) -> di
 
 def pipeline_schedule(part: Path) -> dict | None:
     """The scheduler's config of the pipeline that `part` is a folder of, or None."""
-    path = part.parent / "scheduler" / "scheduler_config.json"
+    path = part.parent / SCHEDULE
     return read_json(path) if path.exists() else None
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file of a model folder. Raises ValueError or FileNotFoundError, with the path."""
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a model folder holds {CONFIG} and {WEIGHTS}")
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -168,35 +200,76 @@ def read_json(path: Path) -> dict:
 
 def _class_of(config: Mapping, folder: Path) -> type[ModelMixin]:
     name = str(config.get("_class_name", ""))
-    cls = getattr(models, name, None) or getattr(diffusers, name, None)
+    try:
+        cls = getattr(models, name, None) or getattr(diffusers, name, None)
+    except Exception:  # of any kind: diffusers imports the class's module now
+        cls = None
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
         raise ValueError(f"{folder / CONFIG} names the class {name!r}, which is neither this package's nor a diffusers model")
     return cls
 
 
-def _load_weights(model: ModelMixin, path: Path) -> None:
-    if not path.exists():
+def _read_weights(path: Path) -> statedict.State:
+    """The tensors of a weights file or an index, checked, by what they are called in a state dict."""
+    if not path.is_file():
         others = [each.name for each in path.parent.glob("diffusion_pytorch_model*") if not each.match(SHARDS)]
         remedy = f"; load {others[0]} with diffusers' from_pretrained and save it with sparsedm.save" if others else ""
         raise FileNotFoundError(f"{path} is missing; a model folder holds {CONFIG} and {WEIGHTS}{remedy}")
-    readers = {PACKED: tensors.read, WEIGHTS: _read_plain, INDEX: statedict.read_shards}
-    try:
-        weights = readers[path.name](path)
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or save it again") from error
-    weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-    try:
-        model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {type(model).__name__} as {CONFIG} describes it: {error}") from error
+    if path.name == WEIGHTS:
+        return tensorfiles.read(path)[0]
+    return (tensors.read if path.name == PACKED else statedict.read_shards)(path)
 
 
-def _read_plain(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, checked if it has checksums (this package writes them)."""
-    with safe_open(path, "pt") as file:
-        metadata, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if tensors.CHECKSUMS in metadata:
-        tensors.check(path, weights, metadata[tensors.CHECKSUMS])
-    return weights
+def _take_schedule(model: ModelMixin, schedule: dict | None, folder: Path) -> None:
+    """Note the noise schedule of the folder's config, or its pipeline's, in the model's, if samplers can be made of it."""
+    path = folder / CONFIG
+    if schedule is None:
+        path, schedule = folder.parent / SCHEDULE, pipeline_schedule(folder)
+    if schedule is None:
+        return
+    try:
+        if not isinstance(schedule, dict):
+            raise ValueError(f"it is no object, but {str(schedule)[:60]}")
+        model.register_to_config(noise_schedule=schedule)
+        for scheduler in _schedulers(model, schedule):
+            _try(scheduler)
+    except Exception as error:  # of any kind: diffusers' schedulers do not check what they are given
+        raise ValueError(f"{path}: its noise schedule cannot be sampled with ({str(error) or repr(error)})"[:500]) from error
+
+
+def _schedulers(model: ModelMixin, schedule: dict) -> Iterator[SchedulerMixin]:
+    """What sampling and training make of a schedule; of another scheduler's config that scheduler."""
+    steps = schedule.get("num_train_timesteps", 1)
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"num_train_timesteps is {steps!r}, no number from 1 to {MOST_STEPS}")
+    own = getattr(diffusers, str(schedule.get("_class_name")), None)
+    if denoisers.of(model).flow:
+        yield diffusion.training_scheduler(model)
+    elif isinstance(own, type) and issubclass(own, SchedulerMixin) and own not in diffusion.SAMPLERS.values():
+        yield own.from_config(schedule)
+    else:
+        yield from _samplers(schedule)
+
+
+def _samplers(schedule: dict) -> Iterator[SchedulerMixin]:
+    """The samplers that can keep all of the schedule's settings; not every one has each. Raises ValueError if none can."""
+    refusals = []
+    for name in diffusion.SAMPLERS:
+        try:
+            yield diffusion.make_scheduler(name, schedule)
+        except ValueError as error:
+            refusals.append(error)
+    if len(refusals) == len(diffusion.SAMPLERS):
+        raise refusals[0]
+
+
+def _try(scheduler: SchedulerMixin) -> None:
+    """Take one step of a tiny picture with the samplers of this package."""
+    if type(scheduler) not in diffusion.SAMPLERS.values():
+        return
+    kept = scheduler.alphas_cumprod
+    if not ((kept >= 0) & (kept <= 1)).all():
+        raise ValueError("its betas are no variances from 0 to 1")
+    scheduler.set_timesteps(min(2, scheduler.config.num_train_timesteps))
+    zeros = torch.zeros(1, 1, 2, 2)
+    scheduler.step(zeros, int(scheduler.timesteps[0]), zeros, generator=torch.Generator())

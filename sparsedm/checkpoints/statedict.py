@@ -1,6 +1,5 @@
 """State dicts in files of other programs: read as tensors only, and filled into a model by name and shape."""
 
-import json
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -8,8 +7,9 @@ from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+
+from ..support import tensorfiles
+from ..support.files import parse_json
 
 State = dict[str, torch.Tensor]
 
@@ -27,7 +27,7 @@ def read(path: str | Path) -> State:
         if str(path).endswith(".index.json"):
             content = read_shards(path)
         elif str(path).endswith(".safetensors"):
-            content = load_file(path)
+            content, _ = tensorfiles.read(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -60,7 +60,7 @@ def read_shards(index: str | Path) -> State:
     """
     index, state = Path(index), {}
     try:
-        files = json.loads(index.read_text())["weight_map"]
+        files = parse_json(index.read_text())["weight_map"]
         names = sorted(set(files.values()))
         plain = all(Path(name).name == name and name.endswith(".safetensors") for name in names)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -70,11 +70,9 @@ def read_shards(index: str | Path) -> State:
     for name in names:
         path, listed = index.with_name(name), {tensor for tensor, file in files.items() if file == name}
         try:
-            tensors = load_file(path)
+            tensors, _ = tensorfiles.read(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path} is missing, which {index.name} lists") from error
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or save it again") from error
         if other := sorted(listed ^ set(tensors)):
             raise ValueError(f"{path}: {other[0]} is {'missing' if other[0] in listed else f'not listed in {index.name}'}")
         state |= tensors

@@ -129,7 +129,7 @@ def _page(watched: Watched, aim: torch.Tensor, images: torch.Tensor, steps: int,
 
 def _packed(model: nn.Module, folder: Path, name: str) -> str:
     """A zip file of the student's packed folder."""
-    folders.save_packed(layers.fold(model), folder / name)
+    folders.save_packed(layers.fold(model), folder / name, torch.float16)
     return shutil.make_archive(str(folder / name), "zip", folder, name)
 
 

@@ -94,7 +94,7 @@ class UViTModel(ModelMixin, ConfigMixin):
         norm_eps: of the layer norms.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that do not divide, or are not positive.
     """
 
     _supports_gradient_checkpointing = True
@@ -117,6 +117,8 @@ class UViTModel(ModelMixin, ConfigMixin):
         norm_eps: float = 1e-5,
     ):
         super().__init__()
+        if min(sample_size, patch_size, in_channels, embed_dim, num_heads) < 1:
+            raise ValueError("sample_size, patch_size, in_channels, embed_dim and num_heads must be at least 1")
         if sample_size % patch_size:
             raise ValueError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}")
         if embed_dim % num_heads or embed_dim % 2:

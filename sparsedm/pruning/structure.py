@@ -172,17 +172,33 @@ def _runs(channels: list[int]) -> str:
 
 def channels(runs: str, size: int) -> list[int]:
     """ "0-2,5" as [0, 1, 2, 5]. Raises ValueError if it is not runs of growing numbers below `size`."""
-    if not isinstance(runs, str) or not re.fullmatch(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", runs):
-        raise ValueError(f"{str(runs)[:60]!r} is not runs of channels like '0-2,5'")
     found, last = [], -1
-    for run in runs.split(","):
-        first, _, end = run.partition("-")
-        stop = int(end or first) + 1
-        if not last < int(first) < stop <= size:
-            raise ValueError(f"{run!r} does not grow or is not below {size}")
-        found += range(int(first), stop)
-        last = stop - 1
+    for run, text in zip(_ranges(runs), runs.split(","), strict=True):
+        if not last < run.start < run.stop <= size:
+            raise ValueError(f"{text!r} does not grow or is not below {size}")
+        found += run
+        last = run.stop - 1
     return found
+
+
+def _ranges(runs: str) -> list[range]:
+    if not isinstance(runs, str) or not re.fullmatch(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", runs, re.ASCII):
+        raise ValueError(f"{str(runs)[:60]!r} is not runs of channels like '0-2,5'")
+    ends = (run.partition("-") for run in runs.split(","))
+    return [range(int(first), int(last or first) + 1) for first, _, last in ends]
+
+
+def extent(record: Record) -> int:
+    """How many channels a record keeps, over all axes, counted without a list of them. Raises ValueError if it is no record."""
+    if not isinstance(record, dict):
+        raise ValueError(f"the pruning record is no object of layers and what stays of them, but {str(record)[:60]}")
+    kept = 0
+    for name, axes in record.items():
+        try:
+            kept += sum(len(run) for runs in dict(axes).values() for run in _ranges(runs))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the pruning record does not fit {name}: {error}") from error
+    return kept
 
 
 def _size(layer: nn.Module, axis: str) -> int:
@@ -201,13 +217,13 @@ def apply(model: nn.Module, record: Record, inputs: Mapping[str, torch.Tensor] |
         ValueError: the record names a layer or a channel that the model does not have, or the layers that it leaves do not go
             together; the model is untouched then.
     """
+    extent(record)
     layers = dict(model.named_modules())
     kept = {name: _parsed(layers.get(name), name, axes) for name, axes in record.items()}
     pairs = [(block, pair) for block, pair in _pairs(model, denoisers.of(model).pairs or ()) if pair.heads]
     heads = {f"{block}.{pair.heads}": _heads(model, block, pair, kept) for block, pair in pairs}
-    trial = _shrunk(dryrun.meta_copy(model), kept, heads)
     try:
-        dryrun.positions(trial, inputs)
+        dryrun.positions(_shrunk(dryrun.meta_copy(model), kept, heads), inputs)
     except Exception as error:  # of any kind: whatever the model's forward says to widths that it does not expect
         raise ValueError(f"{type(model).__name__} does not run with what is left of it: {error.__cause__ or error}") from error
     _shrunk(model, kept, heads).register_to_config(pruning=record)
@@ -231,7 +247,7 @@ def _shrunk(model: nn.Module, kept: Mapping[str, dict[str, list[int]]], heads: M
 
 def _parsed(layer: nn.Module | None, name: str, axes: object) -> dict[str, list[int]]:
     """The channels that stay of a layer's axes."""
-    if not isinstance(layer, _LAYERS):
+    if not isinstance(layer, _LAYERS) or layer.weight is None:
         raise ValueError(f"the pruning record names {name}, which is no layer of the model")
     known = ("out", "in") if isinstance(layer, (nn.Conv2d, nn.Linear)) else ("out",)
     if not isinstance(axes, dict) or not set(axes) <= set(known):

@@ -124,12 +124,20 @@ def write_json(path: str | Path, content: Any) -> None:
 def read_json(path: str | Path, remedy: str) -> dict:
     """The object in a JSON file. Raises ValueError, which names the file and the remedy, if it holds none."""
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = parse_json(Path(path).read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
     return content
+
+
+def parse_json(text: str | bytes) -> object:
+    """What JSON says. Raises ValueError if it is none, also for text that is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def _flush(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -141,20 +142,73 @@ class Training:
 
     def resume(self, path: Path) -> int:
         """Take up a checkpoint and return its step; a ValueError says why it cannot be taken up."""
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            saved, states = content["config"], content["states"]
-        except Exception as error:
-            raise ValueError(f"{path} is not a readable checkpoint ({error}); remove it to start anew") from error
+        content = _read(path)
+        saved = content["config"]
         other = [f"{k} {saved.get(k)!r} instead of {v!r}" for k, v in self.config.identity().items() if saved.get(k) != v]
         if other:
             raise ValueError(f"{path} belongs to a run with {', '.join(other)}; use another folder or the same settings")
+        try:
+            step = self._take(content)
+        except Exception as error:  # of any kind: torch and diffusers hardly check what they are given
+            raise ValueError(
+                f"{path} is not of this model ({error!r}); use another folder, or remove it to start anew"
+            ) from error
+        self.ema.to(self.accelerator.device)
+        return step
+
+    def _take(self, content: dict) -> int:
+        model, ema, *others = content["states"]
+        optimizers = [_fitted(state, optimizer) for optimizer, state in zip(self.optimizers, others, strict=False)]
+        parameters = list(self.model.parameters())
+        ema["shadow_params"] = [_like(p, value, "the average") for p, value in zip(parameters, ema["shadow_params"], strict=True)]
+        states = [model, ema, *optimizers, *others[len(optimizers) :]]
         for thing, state in zip(self._stateful(), states, strict=True):
             thing.load_state_dict(state)
         if self.accelerator.scaler and "scaler" in content:
             self.accelerator.scaler.load_state_dict(content["scaler"])
-        self.ema.to(self.accelerator.device)
-        return content["step"]
+        return int(content["step"])
+
+
+def _read(path: Path) -> dict:
+    """The content of a checkpoint, checked by the CRC-32 of each record, which torch.save writes and torch.load ignores."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(content[key], kind) for key, kind in (("config", dict), ("states", list), ("step", int))):
+            raise ValueError("it holds other things")
+    except Exception as error:  # of any kind: zip files and pickles have many
+        raise ValueError(f"{path} is not a readable checkpoint ({error}); remove it to start anew") from error
+    return content
+
+
+_STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+
+
+def _fitted(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """The state of an optimizer with tensors like its parameters: its kernels read as many numbers as those have.
+
+    Of the saved settings it takes the learning rates; the others follow from the run's.
+    """
+    groups, parameters = optimizer.state_dict()["param_groups"], [p for group in optimizer.param_groups for p in group["params"]]
+    if [group["params"] for group in groups] != [group["params"] for group in state["param_groups"]]:
+        raise ValueError("its optimizer has other parameters")
+    rates = [{key: group[key] for key in ("lr", "initial_lr")} for group in state["param_groups"]]
+    entries = {}
+    for i, entry in state["state"].items():
+        if set(entry) != _STATE[type(optimizer)]:
+            raise ValueError(f"its optimizer keeps {', '.join(entry)} of parameter {i}")
+        like = {"step": torch.zeros(())}
+        entries[i] = {key: _like(like.get(key, parameters[i]), value, f"{key} of parameter {i}") for key, value in entry.items()}
+    return {"state": entries, "param_groups": [group | rate for group, rate in zip(groups, rates, strict=True)]}
+
+
+def _like(parameter: torch.Tensor, value: torch.Tensor, name: str) -> torch.Tensor:
+    """A copy of `value` with the parameter's dtype and strides. Raises ValueError if it is of another shape."""
+    if value.shape != parameter.shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}, not {list(parameter.shape)}")
+    return torch.empty_like(parameter, device="cpu", requires_grad=False).copy_(value)
 
 
 def _make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
