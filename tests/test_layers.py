@@ -264,6 +264,14 @@ def test_fold_leaves_a_layer_dense_whose_weight_was_only_read():
         assert nm.verify(each.plain.weight, "2:4") == 0
 
 
+def test_decoupled_decay_leaves_a_layer_alone_whose_weight_was_only_read():
+    model = sparsify(Functional(), decay=0.5, decay_mode="decoupled")
+    model(torch.randn(3, 8))
+    before = _snapshot(model)
+    layers.decay_pruned(model, lr=0.5)
+    assert _differences(before, model) == {"plain.weight"}
+
+
 def test_calling_a_part_of_the_model_tells_nothing_about_the_rest():
     model = sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
     model[0](torch.randn(3, 8))

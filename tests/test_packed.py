@@ -274,6 +274,24 @@ def test_pack_changes_all_or_nothing(error, raised, state, monkeypatch):
     assert all(torch.equal(t, tensors[id(t)]) for t in (*model.parameters(), *model.buffers()))
 
 
+@torch.no_grad()
+def test_auto_leaves_layers_plain_whose_weight_is_only_read(monkeypatch):
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.called, self.read = sparse(nn.Linear(64, 64)), sparse(nn.Linear(64, 64))
+
+        def forward(self, x):
+            return self.called(F.linear(x, self.read.weight))
+
+    monkeypatch.setattr(tuning, "times", lambda key, *rest, **options: tuning.Times(2.0, 1.0, 2.0))
+    model, inputs = Reading(), {"x": torch.randn(1, 64)}
+    expected = model(**inputs)
+    fast = sparsedm.pack(model, inputs=inputs)
+    assert packed.is_packed(fast.called) and "never called" in sparsedm.report(fast, inputs).rows[1].note
+    torch.testing.assert_close(fast(**inputs), expected, rtol=1e-4, atol=1e-5)
+
+
 _WITHOUT = """
 import pwd, sys, torch, sparsedm
 def nobody(_):

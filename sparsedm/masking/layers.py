@@ -25,7 +25,7 @@ DECAY_MODES = ("gradient", "decoupled")
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # their weights are [in, out, ...]
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)  # layers that are listed and counted
 
-NEVER_CALLED = "its forward is never called, where its mask would be: unused, or its weight is read in another way"
+NEVER_CALLED = "its forward is never called: unused, or its weight is read in another way, which no mask would reach"
 
 
 class _SRSTE(torch.autograd.Function):
@@ -356,9 +356,10 @@ def set_loss_scale(model: nn.Module, scale: float) -> None:
 
 def decay_pruned(model: nn.Module, lr: float) -> None:
     """The decoupled SR term: w <- w - lr * decay * (1 - mask) * w for layers with decay_mode="decoupled"."""
+    unused = never_called(model)
     with torch.no_grad():
-        for _, module in nm_layers(model):
-            if module.decay_mode == "decoupled" and module.decay:
+        for name, module in nm_layers(model):
+            if module.decay_mode == "decoupled" and module.decay and name not in unused:
                 pruned = nm.masked(module.weight, ~module.mask())
                 module.weight.sub_(pruned, alpha=lr * module.decay)
 

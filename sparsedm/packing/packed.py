@@ -126,13 +126,17 @@ def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: Inp
     if not layers.patterns(model):
         raise ValueError(f"{type(model).__name__} has no N:M sparse layer to pack; sparsify and fold it first")
     auto = backend == "auto"
-    shapes = dryrun.input_shapes(model, inputs) if auto else {}
+    shapes = dryrun.input_shapes(model, inputs) if auto else None
     dense = _folded_beside(model)
     reasons, packed = {}, {}
     for name, pattern in layers.patterns(dense).items():
-        reasons[name], layer = _packed_or_why(dense.get_submodule(name), pattern, shapes.get(name), batch)
-        if layer:
-            packed[name] = layer
+        module = dense.get_submodule(name)
+        reasons[name], times = why_not(module, pattern), None
+        if auto and not reasons[name]:
+            reasons[name], times = _too_slow(module, pattern, shapes.get(name), batch)
+        if not reasons[name]:
+            packed[name] = packed_layer(module, pattern)
+            packed[name].times = times
     if auto and packed:
         reason = _why_slower(dense, packed, _batched(inputs, batch) if inputs else example_inputs(model, batch))
         if reason:
@@ -154,19 +158,14 @@ def _folded_beside(model: nn.Module) -> nn.Module:
     return layers.fold(dryrun.structure_of(model, lambda each: copy.deepcopy(each) if id(each) in masked else each)).eval()
 
 
-def _packed_or_why(
+def _too_slow(
     module: nn.Module, pattern: NMPattern, shape: tuple[int, ...] | None, batch: int
-) -> tuple[str, PackedLayer | None]:
-    """Why a folded layer is not packed, or "", and its packed form; timed if the `shape` of its input is known."""
-    reason, found = why_not(module, pattern), None
-    if not reason and shape:
-        found = _times(module, pattern, (batch, *shape[1:]))
-        reason = "" if found.gain >= FASTER else f"its packed kernel is no faster here ({found})"
-    if reason:
-        return reason, None
-    layer = packed_layer(module, pattern)
-    layer.times = found
-    return "", layer
+) -> tuple[str, tuning.Times | None]:
+    """Why "auto" does not pack a layer, or "", and its times; `shape` is that of its input for one picture."""
+    if shape is None:
+        return layers.NEVER_CALLED, None
+    found = _times(module, pattern, (batch, *shape[1:]))
+    return "" if found.gain >= FASTER else f"its packed kernel is no faster here ({found})", found
 
 
 def _batched(inputs: Inputs, batch: int) -> Inputs:
