@@ -238,7 +238,7 @@ def test_an_unknown_prediction_type_is_named():
 # --- labels and guidance ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guidance", [0.4, 2.0, -0.5])
+@pytest.mark.parametrize("guidance", [0.4, 2.0, 7.5])
 def test_guidance_is_cond_plus_g_times_cond_minus_uncond(guidance):
     table, labels = (0.1, -0.2, 0.3, 0.05), torch.tensor([2, 0])
     guided = Fake(table)

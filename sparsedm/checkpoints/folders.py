@@ -267,9 +267,6 @@ def _try(scheduler: SchedulerMixin) -> None:
     """Take one step of a tiny picture with the samplers of this package."""
     if type(scheduler) not in diffusion.SAMPLERS.values():
         return
-    kept = scheduler.alphas_cumprod
-    if not ((kept >= 0) & (kept <= 1)).all():
-        raise ValueError("its betas are no variances from 0 to 1")
     scheduler.set_timesteps(min(2, scheduler.config.num_train_timesteps))
     zeros = torch.zeros(1, 1, 2, 2)
     scheduler.step(zeros, int(scheduler.timesteps[0]), zeros, generator=torch.Generator())
