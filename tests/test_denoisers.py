@@ -213,6 +213,17 @@ def test_packed_models_draw_the_same_and_unpack_exactly(name):
     assert all(torch.equal(value, back[key]) for key, value in folded.state_dict().items())
 
 
+@every_class
+def test_calibration_errs_less_than_magnitude(name):
+    model, teacher = make(name), make(name)
+    magnitude = layers.fold(layers.sparsify(make(name)))
+    states = list(sparsedm.calibrate(model, Pictures(name, model, n=32), n=64, batch_size=32, packages=6))
+    assert {s.name for s in states} == set(layers.patterns(magnitude)) == set(layers.patterns(model))
+    assert sum(s.after for s in states) < 0.8 * sum(s.before for s in states)
+    outputs = [call(name, m, batch=3) for m in (teacher, model, magnitude)]
+    assert F.mse_loss(outputs[0], outputs[1]) < F.mse_loss(outputs[0], outputs[2])
+
+
 @needs_kernels
 @pytest.mark.parametrize("name", ["UNet2DConditionModel (SDXL)", "FluxTransformer2DModel"])
 def test_auto_times_models_with_nested_and_unbatched_inputs(name, monkeypatch):

@@ -16,7 +16,7 @@ from . import nm
 from .nm import NMPattern
 
 _BLOCK = 128  # columns between two updates of all that follow
-_ADMM = {"start": 0.1, "growth": 1.05, "steps": 120}  # the penalty, on a unit diagonal
+_ADMM = {"start": 0.01, "growth": 1.1, "steps": 85}  # the penalty, on a unit diagonal
 
 
 class Unsolvable(ValueError):

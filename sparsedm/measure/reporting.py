@@ -100,8 +100,10 @@ def _row(name: str, module: nn.Module, pattern: nm.NMPattern | None, counts: mac
 
 
 def _note(model: nn.Module, name: str, module: nn.Module, pattern: nm.NMPattern | None) -> str:
-    """Why a layer is dense or not packed: as noted when it was left so, or by the rules, for a model read from a file."""
-    noted = str(module.times or "") if is_packed(module) else getattr(module, "dense_reason", "")
+    """Why a layer is dense or not packed, what its mask had to do without, as noted then or by the rules."""
+    noted = (
+        str(module.times or "") if is_packed(module) else getattr(module, "dense_reason", "") or getattr(module, "mask_note", "")
+    )
     if noted or pattern is None or is_packed(module):
         return noted
     return why_dense(name, module, pattern, ("*",), default_exclude(type(model))) or ""

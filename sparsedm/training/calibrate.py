@@ -124,7 +124,7 @@ def calibrate(
             before, after, notes[name] = _prune(student.get_submodule(name), moments.pop(name), patterns[name], method, damping)
             yield LayerState(name, len(notes), len(patterns), before, after, time.perf_counter() - began, notes[name])
             began = time.perf_counter()
-    for name in patterns.keys() - runs.keys():
+    for name in (name for name in patterns if name not in runs):
         layer, notes[name] = student.get_submodule(name), "magnitude's mask: the layer did not run in calibration"
         _replace(layer, nm.masked(layer.weight, nm.mask(layer.weight, patterns[name])))
         yield LayerState(name, len(notes), len(patterns), 0.0, 0.0, 0.0, notes[name])
