@@ -14,6 +14,7 @@ from torch import nn
 
 from ..masking import layers
 from ..support.files import replacing
+from .recovery import TRAIN_ONLY
 
 CHECKPOINT = "checkpoint.pt"
 OPTIMIZERS = ("adamw", "muon")
@@ -33,6 +34,8 @@ class TrainConfig:
         p_uncond: how often a label is replaced by the "no class" one, for classifier-free guidance.
         flip: mirror half of the pictures.
         noise_weight, teacher_weight: of the two terms of the loss (SparseDM 3.3: 1 and 0.1).
+        train_only: "" trains all parameters; "norms" the norms', the biases and a scale per output row, which is folded into
+            the weights at the end: recovery of a calibrated model, whose weights and zeros stay.
         pattern_schedule: ((step, "31:32"), ...): from that step on the student's pattern, same weights and optimiser.
         accumulate: parts in which each process takes its share of a batch, one after the other, to save memory.
         gradient_checkpointing: compute activations twice instead of keeping them; compile: torch.compile the model.
@@ -54,6 +57,7 @@ class TrainConfig:
     flip: bool = False
     noise_weight: float = 1.0
     teacher_weight: float = 0.1
+    train_only: str = ""
     pattern_schedule: tuple[tuple[int, str], ...] = ()
     seed: int = 0
     mixed_precision: str = "no"
@@ -69,6 +73,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, it is {getattr(self, name)}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+        if self.train_only not in TRAIN_ONLY:
+            raise ValueError(f"unknown train_only {self.train_only!r}; known: {', '.join(map(repr, TRAIN_ONLY))}")
         starts = [step for step, _ in self.pattern_schedule]
         if starts != sorted(set(starts)):
             raise ValueError(f"pattern_schedule steps must increase, they are {starts}")
@@ -85,6 +91,9 @@ class TrainConfig:
         """What must be equal for a checkpoint to be resumed."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))  # tuples and lists are the same
         return {k: v for k, v in values.items() if k not in _FREE}
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}  # for what older checkpoints do not know
 
 
 class Training:
@@ -132,7 +141,7 @@ class Training:
         """Take up a checkpoint and return its step; a ValueError says why it cannot be taken up."""
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            saved, states = content["config"], content["states"]
+            saved, states = _DEFAULTS | content["config"], content["states"]
         except Exception as error:
             raise ValueError(f"{path} is not a readable checkpoint ({error}); remove it to start anew") from error
         other = [f"{k} {saved.get(k)!r} instead of {v!r}" for k, v in self.config.identity().items() if saved.get(k) != v]
