@@ -307,6 +307,7 @@ class TooMany(Tokens):
 @pytest.mark.parametrize(("arguments", "options", "message"), [
     ((Tokens(),), {"method": "best"}, "method 'best' is none of magnitude, wanda"),
     ((Tokens(),), {"weights": "later"}, "weights 'later' is none of uniform, obs-diff"),
+    ((Tokens(),), {"n": 0}, "n must be at least 1, it is 0"),
     ((Tokens(),), {"steps": 5}, "steps is for calibration without data"),
     ((Tokens(),), {"exclude": ("nothing.*",)}, "'nothing.*' matches no layer"),
     ((TooMany(),), {}, "UViTModel has 4 classes and a label for none, the data set 8"),

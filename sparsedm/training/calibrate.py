@@ -103,14 +103,14 @@ def calibrate(
         ValueError: a bad option, data that do not fit the model, or a model in sparse training.
         FloatingPointError: weights or inputs of a layer (named) that are not finite.
     """
-    _check(model, data, method, weights, sampling)
+    _check(model, data, method, weights, sampling, n=n, batch_size=batch_size, packages=packages, tokens=tokens)
     shadow = layers.sparsify(dryrun.meta_copy(model), pattern, include=include, exclude=exclude, overrides=overrides)
     patterns = {name: layer.pattern for name, layer in layers.nm_layers(shadow)}
     for name in patterns:
         if not torch.isfinite(model.get_submodule(name).weight).all():
             raise FloatingPointError(f"{name} has weights that are not finite; nothing is changed")
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    teacher = copy.deepcopy(model).float().eval() if half else _alias(model).eval()
+    full = all(p.dtype == torch.float32 for p in model.parameters())
+    teacher = (_alias(model) if full else copy.deepcopy(model).float()).eval()
     student = _alias(teacher)
     calls = _calls(model, teacher, data, n, batch_size, seed, scheduler, sampling)
     row_weights = _row_weights(calls, weights)
@@ -131,10 +131,13 @@ def calibrate(
     _write(model, student, shadow, notes)
 
 
-def _check(model: nn.Module, data, method: str, weights: str, sampling: Mapping) -> None:
+def _check(model: nn.Module, data, method: str, weights: str, sampling: Mapping, **numbers: int) -> None:
     for what, value, known in (("method", method, METHODS), ("weights", weights, WEIGHTS)):
         if value not in known:
             raise ValueError(f"{what} {value!r} is none of {', '.join(known)}")
+    for what, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{what} must be at least 1, it is {value}")
     if any(True for _ in layers.nm_layers(model)):
         raise ValueError("the model is in sparse training; calibrate the dense one, or densify it")
     if data is not None and sampling:
@@ -175,22 +178,27 @@ def _noised(model, data, n: int, batch_size: int, seed: int, scheduler: Schedule
         yield from _recorded(model, lambda x=noisy, t=t, given=given: denoiser.predict(model, x, t, given), compute=False)
 
 
-def _sample(
-    model, n: int, batch_size: int, seed: int, *, steps: int = 20, class_labels=None, conditioning=None, **options
-) -> None:
-    """Sample so many pictures that the model is called with n inputs."""
-    given = {"class_labels": class_labels, **(conditioning or {})}
-    rows = next((len(x) for x in given.values() if isinstance(x, torch.Tensor)), -(-n // steps))
-    null = denoisers.null_label(model)
-    if null is not None and class_labels is None:
-        class_labels = torch.arange(rows) % null
+def _sample(model, n: int, batch_size: int, seed: int, *, steps: int = 20, **options) -> None:
+    """Sample so many pictures that the model is called with n inputs; `options` are arguments of `diffusion.sample`."""
+    given = {name: each(_full, options.pop(name, None)) for name in ("class_labels", "conditioning", "negative")}
+    rows, null = _rows(given) or -(-n // steps), denoisers.null_label(model)
+    if null is not None and given["class_labels"] is None:
+        given["class_labels"] = torch.arange(rows) % null
     for start in range(0, rows, batch_size):
         stop = min(start + batch_size, rows)
-        asked = each(lambda x, start=start, stop=stop: x[start:stop], {"labels": class_labels, "given": conditioning or {}})
-        diffusion.generate(
-            model, diffusion.start_noise(model, stop - start, seed, start), steps=steps, class_labels=asked["labels"],
-            conditioning=asked["given"], generator=diffusion.step_generators(stop - start, seed, start), **options,
-        )  # fmt: skip
+        noise, generators = (
+            diffusion.start_noise(model, stop - start, seed, start),
+            diffusion.step_generators(stop - start, seed, start),
+        )
+        some = each(lambda x, part=slice(start, stop): x[part], given)
+        diffusion.generate(model, noise, steps=steps, generator=generators, **options, **some)
+
+
+def _rows(inputs: Inputs) -> int | None:
+    """How many rows the first tensor in `inputs` has."""
+    rows = []
+    each(lambda x: rows.append(len(x)), inputs)
+    return next(iter(rows), None)
 
 
 class _Enough(Exception):
@@ -203,9 +211,8 @@ def _recorded(model: nn.Module, run: Callable[[], Any], compute: bool = True) ->
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         args, kwargs = tuple(each(_full, x) for x in args), each(_full, kwargs)
-        picture = args[0] if args else kwargs[denoisers.of(model).picture]
         t = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
-        found.append(_Call(args, kwargs, t.double().cpu().expand(len(picture))))
+        found.append(_Call(args, kwargs, t.double().cpu().expand(_rows({"picture": args[0] if args else None, **kwargs}))))
         if not compute:
             raise _Enough
 
