@@ -179,10 +179,10 @@ def admm(target: torch.Tensor, hessian: torch.Tensor, pattern: NMPattern | str) 
     scale = hessian.diagonal().sqrt()
     values, vectors = torch.linalg.eigh((hessian / scale / scale[:, None]).float())
     wanted = (target * scale).float()
-    pull = wanted @ (vectors * values) @ vectors.T  # T H
+    pull = wanted @ vectors * values @ vectors.T  # T H
     sparse, dual, penalty = nm.masked(wanted, nm.mask(wanted, pattern)), torch.zeros_like(wanted), _ADMM["start"]
     for _ in range(_ADMM["steps"]):
-        dense = (pull + penalty * sparse - dual) @ (vectors / (values + penalty)) @ vectors.T
+        dense = (pull + penalty * sparse - dual) @ vectors / (values + penalty) @ vectors.T
         free = dense + dual / penalty
         sparse = nm.masked(free, nm.mask(free, pattern))
         dual += penalty * (dense - sparse)

@@ -186,10 +186,8 @@ def _sample(model, n: int, batch_size: int, seed: int, *, steps: int = 20, **opt
         given["class_labels"] = torch.arange(rows) % null
     for start in range(0, rows, batch_size):
         stop = min(start + batch_size, rows)
-        noise, generators = (
-            diffusion.start_noise(model, stop - start, seed, start),
-            diffusion.step_generators(stop - start, seed, start),
-        )
+        numbers = {"n": stop - start, "seed": seed, "first": start}
+        noise, generators = diffusion.start_noise(model, **numbers), diffusion.step_generators(**numbers)
         some = each(lambda x, part=slice(start, stop): x[part], given)
         diffusion.generate(model, noise, steps=steps, generator=generators, **options, **some)
 
@@ -307,7 +305,7 @@ def _warn_of_few(model: nn.Module, runs: Mapping[str, _Runs], calls: Sequence[_C
         needed[name] = -(-d * len(calls[0].timestep) // found.tokens)
     name = max(needed, key=needed.get)
     if needed[name] > rows:
-        warnings.warn(f"{name} has fewer calibration tokens than inputs at n={rows}; n={needed[name]} would do", stacklevel=3)
+        warnings.warn(f"{name} has fewer calibration tokens than inputs at n={rows}; n={needed[name]} would do", stacklevel=2)
 
 
 def _gather(teacher, student, package, calls, row_weights, tokens: int, generator: torch.Generator) -> dict[str, Moments]:
