@@ -16,7 +16,7 @@ from . import nm
 from .nm import NMPattern
 
 _BLOCK = 128  # columns between two updates of all that follow
-_ADMM = {"start": 0.01, "growth": 1.1, "steps": 85}  # the penalty, on a unit diagonal
+_ADMM = {"start": 0.01, "growth": 1.1, "stop": 30.0, "stable": 5}  # the penalty on a unit diagonal; steps without a change
 
 
 class Unsolvable(ValueError):
@@ -174,17 +174,20 @@ def admm(target: torch.Tensor, hessian: torch.Tensor, pattern: NMPattern | str) 
     """N:M sparse weights by splitting (ALPS, arXiv 2406.07831): `target` [out, d], sparse, before `refit`; float64.
 
     Columns are scaled to a unit diagonal of H. W minimises the error plus p/2 |W - D + V/p|^2, D is the N:M projection of
-    W + V/p, V grows by p (W - D), while the penalty p rises until W and D agree.
+    W + V/p, V grows by p (W - D), while the penalty p rises until the mask stays.
     """
     scale = hessian.diagonal().sqrt()
     values, vectors = torch.linalg.eigh((hessian / scale / scale[:, None]).float())
     wanted = (target * scale).float()
     pull = wanted @ vectors * values @ vectors.T  # T H
-    sparse, dual, penalty = nm.masked(wanted, nm.mask(wanted, pattern)), torch.zeros_like(wanted), _ADMM["start"]
-    for _ in range(_ADMM["steps"]):
+    keep, stable, dual, penalty = nm.mask(wanted, pattern), 0, torch.zeros_like(wanted), _ADMM["start"]
+    sparse = nm.masked(wanted, keep)
+    while stable < _ADMM["stable"] and penalty < _ADMM["stop"]:
         dense = (pull + penalty * sparse - dual) @ vectors / (values + penalty) @ vectors.T
         free = dense + dual / penalty
-        sparse = nm.masked(free, nm.mask(free, pattern))
+        before, keep = keep, nm.mask(free, pattern)
+        stable = stable + 1 if torch.equal(before, keep) else 0
+        sparse = nm.masked(free, keep)
         dual += penalty * (dense - sparse)
         penalty *= _ADMM["growth"]
     return sparse.double() / scale
