@@ -215,6 +215,29 @@ def test_packed_models_draw_the_same_and_unpack_exactly(name):
     assert all(torch.equal(value, back[key]) for key, value in folded.state_dict().items())
 
 
+@every_class
+def test_calibration_errs_less_than_magnitude(name):
+    model, teacher = make(name), make(name)
+    magnitude = layers.fold(layers.sparsify(make(name)))
+    states = list(sparsedm.calibrate(model, Pictures(name, model, n=32), n=64, batch_size=32, packages=6))
+    assert {s.name for s in states} == set(layers.patterns(magnitude)) == set(layers.patterns(model))
+    assert sum(s.after for s in states) < 0.8 * sum(s.before for s in states)
+    outputs = [call(name, m, batch=3) for m in (teacher, model, magnitude)]
+    assert F.mse_loss(outputs[0], outputs[1]) < F.mse_loss(outputs[0], outputs[2])
+
+
+def test_text_models_are_calibrated_on_their_own_trajectories():
+    name = "UNet2DConditionModel (SDXL)"
+    model, given = make(name), conditioning(make(name), 6)
+    options = {"conditioning": given, "negative": each(torch.zeros_like, given), "guidance": 1.5, "steps": 3, "batch_size": 4}
+    states = list(sparsedm.calibrate(model, weights="obs-diff", packages=2, **options))
+    assert sum(s.after for s in states) < 0.8 * sum(s.before for s in states)
+    with pytest.raises(ValueError, match="needs encoder_hidden_states, .*; pass it in conditioning="):
+        next(sparsedm.calibrate(make(name)))
+    with pytest.raises(ValueError, match="predicts a flow; sample it with its diffusers pipeline"):
+        next(sparsedm.calibrate(make("SD3Transformer2DModel")))
+
+
 @needs_kernels
 @pytest.mark.parametrize("name", ["UNet2DConditionModel (SDXL)", "FluxTransformer2DModel"])
 def test_auto_times_models_with_nested_and_unbatched_inputs(name, monkeypatch):

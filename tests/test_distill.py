@@ -455,3 +455,76 @@ def test_a_run_may_go_on_in_other_parts(tmp_path):
 def test_batches_that_cannot_be_cut_are_refused():
     with pytest.raises(ValueError, match="batch_size 8 cannot be shared by 1 processes in 3 parts"):
         next(distill.train(tiny(), "digits", **{**STEPS, "accumulate": 3}))
+
+
+# --- recovery: train_only="norms" -------------------------------------------------------------------------------------
+
+RECOVERY = {"train_only": "norms", "noise_weight": 0.0, "teacher_weight": 1.0}
+
+
+def folded() -> UViTModel:
+    """A sparse student of `tiny` whose output is not zero."""
+    student = tiny()
+    nn.init.normal_(student.decoder_pred.weight)
+    return layers.fold(layers.sparsify(student, "2:4"))
+
+
+def teacher() -> UViTModel:
+    model = tiny()
+    nn.init.normal_(model.decoder_pred.weight)
+    return model
+
+
+def test_recovery_changes_biases_norms_and_the_scale_of_rows_alone():
+    student, before = folded(), folded().state_dict()
+    list(distill.finetune(student, teacher(), "digits", **STEPS, **RECOVERY))
+    after = student.state_dict()
+    assert after.keys() == before.keys() and [type(m) for m in student.modules()] == [type(m) for m in folded().modules()]
+    assert all(p.requires_grad for p in student.parameters())
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert {name for name in after if after[name].dim() == 1} <= changed
+    assert not {"label_emb.weight", "pos_embed"} & changed
+    weight, original = after["mid_block.mlp.fc1.weight"], before["mid_block.mlp.fc1.weight"]
+    assert torch.equal(weight == 0, original == 0) and "mid_block.mlp.fc1.weight" in changed
+    scale = (weight / original)[original != 0].view(len(weight), -1)  # 2 of 4 of each row
+    torch.testing.assert_close(scale, scale[:, :1].expand_as(scale))
+
+
+def test_recovery_learns_from_the_teacher():
+    states = list(
+        distill.finetune(folded(), teacher(), "digits", **STEPS | {"steps": 80, "batch_size": 32, "lr": 5e-3}, **RECOVERY)
+    )
+    losses = [s.loss for s in states]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_stopped_recovery_leaves_plain_layers_and_resumes_exactly(tmp_path):
+    whole, broken, resumed = folded(), folded(), folded()
+    list(distill.finetune(whole, teacher(), "digits", **STEPS, **RECOVERY))
+    states = distill.finetune(broken, teacher(), "digits", out=tmp_path, **STEPS, **RECOVERY)
+    for _ in range(3):
+        shown = next(states).ema_model()
+    states.close()
+    assert broken.state_dict().keys() == whole.state_dict().keys() == shown.state_dict().keys()
+    list(distill.finetune(resumed, teacher(), "digits", out=tmp_path, **STEPS, **RECOVERY))
+    assert equal(whole, resumed)
+
+
+def test_recovery_refuses_weights_that_are_not_settled():
+    with pytest.raises(ValueError, match="keeps the sparse weights; calibrate or fold"):
+        next(distill.finetune(layers.sparsify(tiny()), tiny(), "digits", **STEPS, **RECOVERY))
+    with pytest.raises(ValueError, match="unknown train_only 'biases'; known: '', 'norms'"):
+        next(distill.finetune(folded(), tiny(), "digits", **STEPS, **RECOVERY | {"train_only": "biases"}))
+
+
+def test_checkpoints_from_before_a_setting_was_known_are_resumed(tmp_path):
+    whole, broken, resumed = tiny(), tiny(), tiny()
+    run(whole)
+    states = distill.train(broken, "digits", out=tmp_path, **STEPS)
+    next(states)
+    states.close()
+    content = torch.load(tmp_path / checkpoint.CHECKPOINT, weights_only=True)
+    del content["config"]["train_only"]
+    torch.save(content, tmp_path / checkpoint.CHECKPOINT)
+    run(resumed, out=tmp_path)
+    assert equal(whole, resumed)

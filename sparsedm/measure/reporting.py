@@ -104,10 +104,10 @@ def _row(
 
 
 def _note(excluded: Rule, name: str, module: nn.Module, pattern: nm.NMPattern | None) -> str:
-    """Why a layer is dense or not packed: as noted when it was left so, or by the rules, for a model read from a file."""
+    """Why a layer is dense or not packed, what its mask had to do without, as noted then or by the rules."""
     if is_packed(module):
         return str(module.times or "")
-    noted = getattr(module, "dense_reason", "")
+    noted = getattr(module, "dense_reason", "") or getattr(module, "mask_note", "")
     if noted or pattern is None:
         return noted
     return why_dense(name, module, pattern, ("*",), excluded) or ""

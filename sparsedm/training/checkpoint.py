@@ -18,6 +18,7 @@ from ..masking.dense import default_rule
 from ..support import fields
 from ..support.fields import Count, NonNegative, Range, Seed, Share
 from ..support.files import replacing
+from .recovery import TRAIN_ONLY
 
 CHECKPOINT = "checkpoint.pt"
 OPTIMIZERS = ("adamw", "muon")
@@ -42,6 +43,8 @@ class TrainConfig:
         p_uncond: how often a label is replaced by the "no class" one, for classifier-free guidance.
         flip: mirror half of the pictures.
         noise_weight, teacher_weight: of the two terms of the loss (SparseDM 3.3: 1 and 0.1).
+        train_only: "" trains all parameters; "norms" the norms', the biases and a scale per output row, which is folded into
+            the weights at the end: recovery of a calibrated model, whose weights and zeros stay.
         pattern_schedule: ((step, "31:32"), ...): from that step on the student's pattern, same weights and optimiser.
         seed: of all random draws, 0 to 2**32 - 1.
         mixed_precision: "no", "fp16" or "bf16".
@@ -68,6 +71,7 @@ class TrainConfig:
     flip: bool = False
     noise_weight: NonNegative = 1.0
     teacher_weight: NonNegative = 0.1
+    train_only: Literal[TRAIN_ONLY] = ""
     pattern_schedule: tuple[tuple[Annotated[int, Range(0)], str], ...] = ()
     seed: Seed = 0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -97,6 +101,9 @@ class TrainConfig:
         """What must be equal for a checkpoint to be resumed."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))  # tuples and lists are the same
         return {k: v for k, v in values.items() if k not in _FREE}
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}  # for what older checkpoints do not know
 
 
 class Training:
@@ -143,7 +150,7 @@ class Training:
     def resume(self, path: Path) -> int:
         """Take up a checkpoint and return its step; a ValueError says why it cannot be taken up."""
         content = _read(path)
-        saved = content["config"]
+        saved = _DEFAULTS | content["config"]
         other = [f"{k} {saved.get(k)!r} instead of {v!r}" for k, v in self.config.identity().items() if saved.get(k) != v]
         if other:
             raise ValueError(f"{path} belongs to a run with {', '.join(other)}; use another folder or the same settings")

@@ -28,6 +28,7 @@ from ..models import denoisers
 from ..models.denoisers import Denoiser, Inputs, each
 from ..support import processes, seeds
 from ..support.files import sweep
+from . import recovery
 from .checkpoint import CHECKPOINT, TrainConfig, Training
 
 
@@ -51,7 +52,7 @@ class TrainState:
         """A copy of the model with the averaged weights, in eval mode: the one to sample from."""
         model = copy.deepcopy(self.model).eval()
         self.ema.copy_to(model.parameters())
-        return model
+        return recovery.fold_scales(model)
 
 
 def train(model: nn.Module, data: str | Dataset, **options) -> Iterator[TrainState]:
@@ -110,7 +111,8 @@ def _run(
         raise ValueError(f"batch_size {config.batch_size} cannot be shared by {shares}")
     if teacher is not None:
         teacher.to(accelerator.device).eval()
-    with processes.claimed(out) if out else contextlib.nullcontext():
+    only = recovery.norms_only(model) if config.train_only else contextlib.nullcontext()
+    with only, processes.claimed(out) if out else contextlib.nullcontext():
         yield from _steps(Training(_train_mode(model), config, accelerator), teacher, dataset, scheduler, out)
 
 
