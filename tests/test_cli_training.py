@@ -72,6 +72,9 @@ def test_a_model_is_trained_pruned_made_sparse_and_drawn(tiny, tmp_path):
     assert told["pruned"] and told["macs"]["sparse"] < 0.7 * told["macs"]["dense"] and set(told["patterns"].values()) == {"2:4"}
     packed = ask("sparsify", trained["model"], tmp_path / "packed", "--packed", "--pattern", "1:4")
     assert ask("info", packed["model"])["file"] == "packed.safetensors"
+    calibrated = ask("sparsify", trained["model"], tmp_path / "calibrated", "--method", "admm", "--data", "digits", "--n", 8)
+    assert set(ask("info", calibrated["model"])["patterns"].values()) == {"2:4"}
+    assert all(state["after"] < state["before"] for state in calibrated["layers"])
     drawn = ask("generate", packed["model"], tmp_path / "some.png", "--n", 4, "--steps", 3)
     assert (tmp_path / "some.png").stat().st_size > 100 and drawn["ms_per_step"] > 0
     scores = ask("evaluate", student["model"], tmp_path / "s", "--data", "digits", "--n", 6, "--steps", 2, "--base", tiny)

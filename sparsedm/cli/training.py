@@ -68,28 +68,48 @@ def sparsify(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
     pattern: Pattern = "2:4",
+    method: Annotated[
+        str,
+        typer.Option(help="magnitude; or by calibration: wanda, obs, admm (the best of them), which update the weights, too."),
+    ] = "magnitude",
+    data: Annotated[
+        str, typer.Option(help="Calibration pictures, such as folder:PATH; without them the model samples its own.")
+    ] = "",
+    n: Annotated[int, typer.Option(min=1, help="Calibration inputs of the model.")] = 1024,
     exclude: Globs = None,
     packed: Annotated[bool, typer.Option("--packed", help="Write it without the zeros.")] = False,
     dtype: Half = "float16",
+    device: Device = "",
+    seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Mask a model's weights N:M in one shot, without training. Example: python -m sparsedm sparsify glyphs-unet out"""
+    """Make a model N:M in one shot, without training. Example: python -m sparsedm sparsify glyphs-unet out --method admm"""
     from ..checkpoints import folders
     from ..masking import layers
     from ..measure import reporting
+    from ..measure.evaluation import Progress
     from ..models import students
-    from .common import outcome
+    from ..training import calibrate
+    from .common import on, outcome, show
 
     free(out)
     weights = folders.dtype_of(dtype)
-    sparse = layers.fold(students.sparsify(folders.load(model), pattern, exclude=exclude))
+    sparse, states = folders.load(model).to(on(device)), []
+
+    def noted(state: calibrate.LayerState) -> Progress:
+        states.append(state)
+        return Progress("calibrate", state.layer, state.layers, state.name)
+
+    if method == "magnitude" and not data:
+        layers.fold(students.sparsify(sparse, pattern, exclude=exclude))
+    else:
+        run = calibrate.calibrate(sparse, data or None, pattern, method, n=n, seed=seed, exclude=exclude)
+        show("sparsify", (noted(state) for state in run), json, "nothing is written")
     folders.save(sparse, out, weights, packed=packed)
     summary = reporting.report(sparse).summary()
-    outcome(
-        {"model": str(out), "summary": summary},
-        json,
-        f"{out} written: {summary}. Train it with finetune to get its quality back.",
-    )
+    more = f"\n\n{calibrate.worst(states)}" if states else " Train it with finetune to get its quality back."
+    result = {"model": str(out), "summary": summary, "layers": [dataclasses.asdict(state) for state in states]}
+    outcome(result, json, f"{out} written: {summary}.{more}")
 
 
 def prune(

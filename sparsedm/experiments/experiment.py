@@ -33,6 +33,7 @@ from ..pruning import diffpruning, structure
 from ..support import processes
 from ..support.files import read_json, replacing, restore, write_json
 from ..training import distill
+from ..training.calibrate import calibrate
 from ..training.runlog import RunLog, read
 from . import glyph_classifier
 from .recipes import CLASSIFIER, Protocol, Recipe, recipe, run_name
@@ -245,9 +246,17 @@ def _start(chosen: Recipe, out: Path, seed: int) -> Iterator[Progress]:
     model, teacher = _load(source), _load(source)
     if chosen.prune:
         model = yield from _pruned(model, chosen, out / chosen.base, seed)
-    if chosen.pattern:
+    if chosen.calibrate:
+        yield from _calibrated(model, chosen, seed)
+    elif chosen.pattern:
         layers.sparsify(model, chosen.pattern, **chosen.sparsify)
     return model, teacher
+
+
+def _calibrated(model: nn.Module, chosen: Recipe, seed: int) -> Iterator[Progress]:
+    """Make the model N:M by calibration; training may change what the masks leave."""
+    for state in calibrate(model, chosen.data, chosen.pattern, seed=seed, **chosen.calibrate):
+        yield Progress("calibrate", state.layer, state.layers, f"{state.name} {state.before:.3f} -> {state.after:.3f}")
 
 
 def _pruned(model: nn.Module, chosen: Recipe, folder: Path, seed: int) -> Iterator[Progress]:

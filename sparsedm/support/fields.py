@@ -32,7 +32,7 @@ def check(settings: Any) -> None:
         if _fits(value, kind):
             continue
         if get_origin(kind) is Literal:
-            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(get_args(kind))}")
+            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(value or repr(value) for value in get_args(kind))}")
         raise ValueError(f"{name} must be {_words(kind)}, not {value!r}")
 
 

@@ -21,7 +21,7 @@ from ..masking.nm import NMPattern
 from ..masking.obs import Moments
 from ..models import denoisers, dryrun
 from ..models.denoisers import Inputs, each
-from ..support import processes
+from ..support import markdown, processes
 from . import distill
 from .checkpoint import TrainConfig
 
@@ -45,6 +45,13 @@ class LayerState:
     after: float
     seconds: float
     fallback: str = ""
+
+
+def worst(states: Sequence[LayerState], count: int = 10) -> str:
+    """The layers with the largest errors, as a Markdown table."""
+    rows = sorted(states, key=lambda state: -state.after)[:count]
+    head = ("layer", "relative error", "with magnitude's mask", "instead")
+    return markdown.table(head, ((row.name, f"{row.after:.4f}", f"{row.before:.4f}", row.fallback) for row in rows))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ class Recipe:
         schedule: its noise schedule and prediction type.
         pattern: N:M of a student; "" for dense.
         sparsify: options of `sparsedm.sparsify` for it.
+        calibrate: options of `sparsedm.calibrate`, which then makes the masks; training keeps them ({}: masks by magnitude).
         prune: `diffpruning.prune`'s options, with the `threshold` of its importance; {} for whole models. With `reinit` the
             weights are drawn anew: the same shape from scratch.
         distil: transfer knowledge from the base while training.
@@ -41,6 +42,7 @@ class Recipe:
     data: str = "glyphs"
     bundle: bool = False
     sparsify: dict = field(default_factory=dict)
+    calibrate: dict = field(default_factory=dict)
     prune: dict = field(default_factory=dict)
     protocol: Protocol = Protocol()
     watch: tuple[int, ...] = ()

@@ -36,6 +36,7 @@ _SHORT = {"steps": 1000, "warmup": 50}
 _WATCH = (0, 100, 200, 500)
 _TEACHER_ONLY = {"noise_weight": 0.0, "teacher_weight": 1.0}
 _GENTLE = {"lr": 3e-4}
+_CALIBRATE = {"n": 1024}
 
 # The share of channels whose removal leaves about three quarters, half and a quarter of the MACs.
 _RATIOS = {"uvit": (0.25, 0.5, 0.75), "unet": (0.2, 0.35, 0.55)}
@@ -66,6 +67,9 @@ def _headline(base: str, backbone: str, model: tuple[type, dict], teach: dict, t
             "headline", backbone, "dense, same extra training, lr 3e-4", base, "more-gentle", train={**tune, **_GENTLE}
         ),
         f"{base}-2x4-oneshot": Recipe("headline", backbone, "2:4, one-shot", base, "2x4-oneshot", pattern="2:4"),
+        f"{base}-2x4-calibrated": Recipe(
+            "headline", backbone, "2:4, calibrated, no training", base, "2x4-calibrated", pattern="2:4", calibrate=_CALIBRATE
+        ),
         f"{base}-2x4": Recipe("headline", backbone, "2:4, SparseDM", base, "2x4", pattern="2:4", distil=True, **student),
         f"{base}-2x4-teacher-only": Recipe(
             "headline",
