@@ -72,7 +72,7 @@ def calibrate(
     *,
     n: int = 1024,
     batch_size: int = 64,
-    packages: int = 16,
+    packages: int = 8,
     max_memory: float = 1e9,
     tokens: int = 65_536,
     weights: str = "uniform",
