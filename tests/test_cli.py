@@ -28,7 +28,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_info_shows_layers_patterns_and_macs():
-    output = run("info", "glyphs-uvit-2x4").stdout
+    output = CliRunner().invoke(cli.app, ["info", "glyphs-uvit-2x4"]).stdout
     assert re.search(r"mid_block\.mlp\.fc1 +512x128 +2:4 +folded", output)
     assert "31 of 34 layers are N:M sparse" in output
 
@@ -46,14 +46,21 @@ def test_info_shows_layers_patterns_and_macs():
         ),
     ],
 )
-def test_errors_are_one_line_and_exit_code_1(arguments, message):
-    done = run(*arguments)
-    assert done.returncode == 1
-    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+def test_errors_are_one_line_and_exit_code_1(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sparsedm", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 1 and errors.startswith(message) and errors.count("\n") == 1
+
+
+def test_an_error_of_the_program_is_one_line_too():
+    done = run("info", "nothing")
+    assert done.returncode == 1 and done.stderr.startswith("error: unknown model 'nothing'") and done.stderr.count("\n") == 1
 
 
 def test_reproduce_lists_recipes():
-    assert "glyphs-unet-2x4" in run("reproduce", "list").stdout.split()
+    assert "glyphs-unet-2x4" in CliRunner().invoke(cli.app, ["reproduce", "list"]).stdout.split()
     known = json.loads(CliRunner().invoke(cli.app, ["reproduce", "list", "--json"]).stdout)
     assert known["glyphs-unet-2x4"] == "headline: UNet 2:4, SparseDM"
 
@@ -69,7 +76,9 @@ def test_stored_results_are_told_to_programs():
 def test_an_official_checkpoint_is_described_as_it_is(tmp_path):
     model = UViTModel(sample_size=8, in_channels=3, embed_dim=64, depth=2, num_heads=1)
     torch.save(model.state_dict(), tmp_path / "nnet_ema.pth")
-    found = json.loads(CliRunner().invoke(cli.app, ["info", str(tmp_path / "nnet_ema.pth"), "--json"]).stdout)
+    command = ["info", str(tmp_path / "nnet_ema.pth"), "--json"]
+    assert "num_heads" in str(CliRunner().invoke(cli.app, command).exception)
+    found = json.loads(CliRunner().invoke(cli.app, [*command, "--set", "num_heads=1"]).stdout)
     assert (found["class"], found["file"], found["patterns"]) == ("UViTModel", "nnet_ema.pth", {})
     assert found["bytes"] == (tmp_path / "nnet_ema.pth").stat().st_size
 

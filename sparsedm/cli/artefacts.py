@@ -12,6 +12,9 @@ def info(
     model: Annotated[
         str, typer.Argument(help="A bundled model's name, a model folder, or a file of one or of an official code.")
     ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="What an official file does not tell, as for convert: num_heads=4.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """What a model is: layers, verified patterns, MACs, bytes. Example: python -m sparsedm info glyphs-uvit-2x4"""
@@ -24,7 +27,7 @@ def info(
     if path.is_file() and (path.parent / folders.CONFIG).exists():  # a file of a model folder
         model = path.parent
     if Path(model).is_file():
-        loaded, size = convert.load(model), path.stat().st_size
+        loaded, size = convert.load(model, **settings(set_)), path.stat().st_size
     else:
         loaded, path, size = folders.load(model), folders.weights_of(model), folders.bytes_of(model)
     report, parameters = reporting.report(loaded), sum(p.numel() for p in loaded.parameters())
