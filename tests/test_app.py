@@ -107,6 +107,7 @@ def test_every_endpoint_is_described(client):
     assert all(text and len(text) > 30 for text in described.values())
 
 
+@pytest.mark.alone
 def test_one_who_leaves_frees_the_place(url, client):
     """A client that goes away in the middle of a long order does not keep the next one waiting."""
     guest = gradio_client.Client(url, verbose=False)

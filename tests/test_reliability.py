@@ -36,6 +36,7 @@ def finetune(tmp_path):
     return arguments
 
 
+@pytest.mark.alone
 def test_a_run_of_two_processes_killed_at_random_moments_ends_with_the_same_weights(finetune, tmp_path):
     told, draw, whole = tmp_path / "told", random.Random(0), tmp_path / "whole"
     ranks.ended(ranks.start(1, told, os.getpid), told)  # the process that the others are forked from is there

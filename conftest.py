@@ -1,0 +1,46 @@
+"""Tests and notebooks run side by side (pytest-xdist); those marked `alone` run by themselves, since they measure time."""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ALONE_NOTEBOOKS = ("01_nm_masks.ipynb", "08_speed.ipynb")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "alone: runs while no other test does")
+    if hasattr(config, "workerinput"):  # before torch is imported: one thread for each worker
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_report_header() -> str:
+    return "about ten minutes on two cores, notebooks included; -n 0 runs one test at a time"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    run = getattr(item.config, "workerinput", {}).get("testrunuid")
+    alone = item.get_closest_marker("alone") is not None or item.path.name in ALONE_NOTEBOOKS
+    with _turn(run, alone) if run else contextlib.nullcontext():
+        return (yield)
+
+
+@contextlib.contextmanager
+def _turn(run: str, alone: bool) -> Iterator[None]:
+    """Others run meanwhile, or none if `alone`. Who waits to be alone keeps the gate, so that nobody else begins."""
+    path = Path(tempfile.gettempdir(), f"sparsedm-{run}")
+    with open(f"{path}.gate", "w") as gate, open(f"{path}.turn", "w") as turn:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(turn, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        if not alone:
+            fcntl.flock(gate, fcntl.LOCK_UN)
+            yield
+            return
+        threads = os.environ.pop("OMP_NUM_THREADS")  # a notebook's kernel may have all
+        yield
+        os.environ["OMP_NUM_THREADS"] = threads
