@@ -1,4 +1,4 @@
-"""Model folders on the Hugging Face hub: pushed with a card that says what they are, pulled as folders for `sparsedm.load`."""
+"""Model folders on the Hugging Face hub: pushed with a model card, pulled for `sparsedm.load`."""
 
 import copy
 import platform
