@@ -1,4 +1,4 @@
-"""What the two papers claim, and what the stored results say about it here: holds, does not hold, or cannot be told.
+"""The claims of the two papers, and the verdict of the stored results on each: holds, does not hold, or cannot be told.
 
 Chance counts: a claim holds, or does not, only if a t-test on ln FD-glyph says so. The test pools the deviation from run to run
 over all methods that have several seeds, of both teachers: two or three runs alone may agree by luck.
@@ -152,8 +152,8 @@ class Evidence:
     def better(self, a: str, others: Iterable[str]) -> Verdict:
         """Whether a short run is better than every one of the others."""
         row, rivals = self.short(a), [self.short(name) for name in others]
-        figures = ", ".join(f"{rival.fd:.2f} ({rival.recipe.method})" for rival in rivals)
-        return Verdict(_all(self.compare(row, rival) for rival in rivals), f"{row.fd:.2f} against {figures}")
+        scores = ", ".join(f"{rival.fd:.2f} ({rival.recipe.method})" for rival in rivals)
+        return Verdict(_all(self.compare(row, rival) for rival in rivals), f"{row.fd:.2f} against {scores}")
 
 
 def _all(outcomes: Iterable[int]) -> str:
@@ -167,10 +167,10 @@ def _half(key: str) -> Callable[[Evidence], Verdict]:
         row, teacher = evidence.long(key), evidence.long("teacher")
         products = [model.runs[0]["macs"]["attention"] for model in (row, teacher)]
         share, layers_alone = row.macs / teacher.macs, (row.macs - products[0]) / (teacher.macs - products[1])
-        figures = f"{share:.0%} of the MACs, {layers_alone:.0%} without attention's products"
+        shares = f"{share:.0%} of the MACs, {layers_alone:.0%} without attention's products"
         if row.recipe.pattern and teacher.recipe.model[0] is UViTModel:
-            figures += f"; {_skips_dense(teacher.recipe, row.recipe.pattern) / teacher.macs:.0%} with skip_linear dense"
-        return Verdict(HOLDS if share <= HALF else FAILS, figures)
+            shares += f"; {_skips_dense(teacher.recipe, row.recipe.pattern) / teacher.macs:.0%} with skip_linear dense"
+        return Verdict(HOLDS if share <= HALF else FAILS, shares)
 
     return judge
 
@@ -218,8 +218,8 @@ def _faster(key: str) -> Callable[[Evidence], Verdict]:
         row = evidence.short(key)
         best = _timed(row)
         converted = f", {row.speedup_over_onednn:.2f} over oneDNN" if row.speedup_over_onednn else ""  # GPUs lack oneDNN
-        figures = f"{row.speedup:.2f} times faster{converted}; {row.timed_with}"
-        return Verdict(HOLDS if best >= FASTER else FAILS, figures)
+        times = f"{row.speedup:.2f} times faster{converted}; {row.timed_with}"
+        return Verdict(HOLDS if best >= FASTER else FAILS, times)
 
     return judge
 
@@ -227,7 +227,7 @@ def _faster(key: str) -> Callable[[Evidence], Verdict]:
 def _equal_time(evidence: Evidence) -> Verdict:
     """2:4 against models of the same measured time: FD-glyph between those of two widths, on a logarithmic scale.
 
-    The widest is the dense model, trained as the students were or at the rate that suits it better; both must agree.
+    The widest is the dense model, trained at the students' rate or at the rate that suits it better; both must agree.
     """
     row = evidence.short("2x4")
     time = 1 / _timed(row)
@@ -235,10 +235,10 @@ def _equal_time(evidence: Evidence) -> Verdict:
     if rival is None or gentle is None:
         return Verdict(OPEN, f"no pruned model is as fast ({time:.2f} of the dense time)")
     words = {_all([evidence.chance.compare(Score.of(row), other)]) for other in (rival, gentle)}
-    figures = f"{row.fd:.2f} against {rival.fd:.2f} at {time:.0%} of the dense time"
+    scores = f"{row.fd:.2f} against {rival.fd:.2f} at {time:.0%} of the dense time"
     if gentle != rival:  # the dense model is one of the two neighbours
-        figures += f" ({gentle.fd:.2f} if the dense model counts at lr 3e-4)"
-    return Verdict(words.pop() if len(words) == 1 else OPEN, figures)
+        scores += f" ({gentle.fd:.2f} if the dense model counts at lr 3e-4)"
+    return Verdict(words.pop() if len(words) == 1 else OPEN, scores)
 
 
 def _rival(evidence: Evidence, dense: str, time: float) -> Score | None:
@@ -273,10 +273,8 @@ def _cheap(evidence: Evidence) -> Verdict:
     )
     outcomes = {evidence.within(row, teacher) for row, teacher in rows}
     word = HOLDS if -1 in outcomes else FAILS if outcomes == {1} else OPEN
-    figures = (
-        f"{row.fd:.2f}, teacher {teacher.fd:.2f}, after {row.images / images:.0%} of its training" for row, teacher in rows
-    )
-    return Verdict(word, "; ".join(figures))
+    scores = (f"{row.fd:.2f}, teacher {teacher.fd:.2f}, after {row.images / images:.0%} of its training" for row, teacher in rows)
+    return Verdict(word, "; ".join(scores))
 
 
 def _thresholds(evidence: Evidence) -> Verdict:

@@ -1,4 +1,4 @@
-"""Carrying out a recipe: prune or mask, train, save, score, and write down the results.
+"""Carrying out a recipe in four steps: prepare the plan, make (prune or mask, train, save), score, publish.
 
 `python -m sparsedm reproduce NAME` resumes where it stopped and leaves in its folder the training log, the checkpoint, the
 model, the scored pictures and `results.json`. Only the saved model is scored: the reported model is the shipped model.
@@ -163,7 +163,7 @@ def _prepare(
 
 
 def _begin(plan: Plan) -> dict | None:
-    """Note the settings in the run's folder; the results if the run is finished. Raises ValueError if it has other settings."""
+    """Note the settings in the run's folder; the results if the run is finished. Raises ValueError if they differ."""
     if not processes.is_main():
         return processes.from_main(None)
     restore(plan.model)
@@ -172,7 +172,7 @@ def _begin(plan: Plan) -> dict | None:
 
 
 def _score(plan: Plan) -> Iterator[Progress]:
-    """Score the saved model (a generator that returns the results, which it writes; {} outside of the main process)."""
+    """Score the saved model (a generator that writes and returns the results; {} in other processes than the main one)."""
     model = _load(plan.model)
     _check_pattern(model, plan.recipe)
     pictures = yield from _pictures(model, plan)
@@ -309,7 +309,7 @@ def _pictures(model: nn.Module, plan: Plan) -> Iterator[Progress]:
 
 
 def _base_pictures(plan: Plan, options: dict) -> Iterator[Progress] | None:
-    """What samples the base's pictures, beside the base's own run if that was made here; None without a base."""
+    """A generator that samples the base's pictures, into the base's own run if that was made here; None without a base."""
     if not plan.recipe.base:
         return None
     source, made_here = _base(plan.recipe, plan.out)
@@ -367,7 +367,7 @@ def _calibrated(model: nn.Module, chosen: Recipe, seed: int) -> Iterator[Progres
 
 
 def _pruned(model: nn.Module, chosen: Recipe, folder: Path, seed: int) -> Iterator[Progress]:
-    """The base without channels, by the recipe's score, or the same shape with fresh weights (a generator that returns it)."""
+    """The base without channels, by the recipe's score, or this shape with fresh weights (a generator that returns a model)."""
     options = dict(chosen.prune)
     threshold, reinit = options.pop("threshold", None), options.pop("reinit", False)
     if threshold is not None:
@@ -414,7 +414,7 @@ def _check_pattern(model: nn.Module, chosen: Recipe) -> None:
 
 
 def _facts(plan: Plan, model: nn.Module) -> dict:
-    """What the results say about the model and its training besides the scores."""
+    """The facts on the model and its training that the results hold besides the scores."""
     chosen, settings, counts, log = plan.recipe, plan.settings, macs.count(model), read(plan.folder / "log.jsonl")
     return {
         "title": chosen.title,

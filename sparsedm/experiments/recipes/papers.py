@@ -58,7 +58,7 @@ def recipes() -> dict[str, Recipe]:
 def _sparsedm(
     base: str, model: str, data: str, train: dict, schedule: dict, protocol: Protocol, ablations: bool = False
 ) -> dict[str, Recipe]:
-    """A teacher, its 2:4 student and the same training of the dense model; with `ablations` all that the paper compares."""
+    """A teacher, its 2:4 student and the same training of the dense model; with `ablations` all of the paper's methods."""
     paper = PAPER_MODELS[model]
     students = {}
 
