@@ -1,4 +1,4 @@
-"""Commands that look at a model or carry it on: info, generate, evaluate, export."""
+"""Commands that use a model: info, generate, evaluate, export, convert."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,7 @@ def info(
     """What a model is: layers, verified patterns, MACs, bytes. Example: python -m sparsedm info glyphs-uvit-2x4"""
     from ..checkpoints import convert, folders
     from ..masking import layers
-    from ..measure import reporting
+    from ..measure import reporting, sizes
     from .common import outcome
 
     path = Path(model)
@@ -30,16 +30,16 @@ def info(
         loaded, size = convert.load(model, **settings(set_)), path.stat().st_size
     else:
         loaded, path, size = folders.load(model), folders.weights_of(model), folders.bytes_of(model)
-    report, parameters = reporting.report(loaded), sum(p.numel() for p in loaded.parameters())
+    report, parameters = reporting.report(loaded), sizes.parameters(loaded)
     counts = {"dense": report.dense_macs, "sparse": report.sparse_macs}
-    found = {
+    facts = {
         "class": type(loaded).__name__, "parameters": parameters, "file": path.name, "bytes": size,
         "pruned": bool(getattr(loaded.config, "pruning", None)), "macs": counts,
         "patterns": {name: str(pattern) for name, pattern in layers.patterns(loaded).items()},
     }  # fmt: skip
-    pruned = ", pruned" if found["pruned"] else ""
-    line = f"{found['class']}{pruned}, {parameters:,} parameters, {path.name}: {size:,} bytes"
-    outcome(found, json, f"{line}\n\n{report}")
+    pruned = ", pruned" if facts["pruned"] else ""
+    line = f"{facts['class']}{pruned}, {parameters:,} parameters, {path.name}: {size:,} bytes"
+    outcome(facts, json, f"{line}\n\n{report}")
 
 
 def generate(
@@ -79,8 +79,8 @@ def generate(
     if drawn is None:
         return
     plots.save(plots.picture(drawn.images, columns=None if word else round(n**0.5), scale=runlog.scale(drawn.images)), out)
-    found = {"picture": str(out), "n": n, "ms_per_step": drawn.seconds * 1e3}
-    outcome(found, json, f"{out} written: {n} pictures, {steps} steps of {drawn.seconds * 1e3:.1f} ms (median)")
+    result = {"picture": str(out), "n": n, "ms_per_step": drawn.seconds * 1e3}
+    outcome(result, json, f"{out} written: {n} pictures, {steps} steps of {drawn.seconds * 1e3:.1f} ms (median)")
 
 
 def evaluate(
@@ -118,9 +118,9 @@ def evaluate(
     if other:
         evaluation.check_base(loaded, other)
     with processes.claimed(out):
-        told = {"dataset": data, "vae": decoder}
-        own = evaluation.sample(loaded, out, protocol, **told)  # both folders are checked before anything is drawn
-        compared = evaluation.sample(other, out / "base", protocol, **told) if base else None
+        options = {"dataset": data, "vae": decoder}
+        own = evaluation.sample(loaded, out, protocol, **options)  # both folders are checked before anything is drawn
+        compared = evaluation.sample(other, out / "base", protocol, **options) if base else None
         images = show("model", own, json)
         if compared:
             others = show("base", compared, json)
@@ -171,6 +171,7 @@ def convert(
     """Make a model folder of an official checkpoint. Example: python -m sparsedm convert nnet_ema.pth uvit --heads 4"""
     from ..checkpoints import convert as converting
     from ..checkpoints import folders
+    from ..measure import sizes
     from .common import outcome
 
     free(out)
@@ -181,9 +182,9 @@ def convert(
     options = settings(set_) | {name: value for name, value in given.items() if value is not None}
     model = converting.load(checkpoint, **options)
     folders.save(model, out)
-    parameters = sum(p.numel() for p in model.parameters())
-    found = {"model": str(out), "class": type(model).__name__, "parameters": parameters}
-    outcome(found, json, f"{out} written: {found['class']}, {parameters:,} parameters")
+    parameters = sizes.parameters(model)
+    result = {"model": str(out), "class": type(model).__name__, "parameters": parameters}
+    outcome(result, json, f"{out} written: {result['class']}, {parameters:,} parameters")
 
 
 COMMANDS = (info, generate, evaluate, export, convert)

@@ -1,4 +1,4 @@
-"""What the commands share when they run: progress, stopping, devices, models, and the outcome."""
+"""Parts that running commands share: progress, stopping, devices, models, and the result."""
 
 import contextlib
 import datetime
@@ -21,12 +21,12 @@ from ..support import processes
 from .options import Stopped
 
 EVERY = 30  # seconds between two lines where there is no terminal
-Tell = Callable[..., None]  # tell(title, done, total, note="", pictures=0): `pictures` are those that one of `total` stands for
+Tell = Callable[..., None]  # tell(title, done, total, note="", pictures=0), as the fields of `evaluation.Progress`
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[list]:
-    """Within it Ctrl-C and SIGTERM only fill the list, so that a loop can end after a whole step; a second one stops at once."""
+    """In its block, Ctrl-C and SIGTERM only fill the list, so that a loop ends after a whole step; a second one stops at once."""
     pressed = []
 
     def note(signum, frame) -> None:
@@ -34,10 +34,10 @@ def stoppable() -> Iterator[list]:
         restore()
 
     def restore() -> None:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield pressed
     finally:
@@ -46,9 +46,9 @@ def stoppable() -> Iterator[list]:
 
 @contextlib.contextmanager
 def bars(quiet: bool = False) -> Iterator[Tell]:
-    """How far the main process is, on standard error: a bar for every title, or plain lines where there is no terminal."""
+    """The main process's progress on standard error: a bar for every title, or plain lines where there is no terminal."""
     if quiet or not processes.is_main():
-        yield lambda *told, **more: None
+        yield lambda *progress, **more: None
     elif sys.stderr.isatty():
         with _bars() as tell:
             yield tell
@@ -92,27 +92,27 @@ class _Lines:
             self.end()
 
     def _speed(self, now: float, done: int, total: int, pictures: float) -> Iterator[str]:
-        made, seconds = done - self.before, now - self.began
-        if made > 0 and seconds > 0:
+        steps, seconds = done - self.before, now - self.began
+        if steps > 0 and seconds > 0:
             if pictures:
-                yield f"{made * pictures / seconds:.3g} pictures/s"
-            yield f"{datetime.timedelta(seconds=round((total - done) * seconds / made))} left"
+                yield f"{steps * pictures / seconds:.3g} pictures/s"
+            yield f"{datetime.timedelta(seconds=round((total - done) * seconds / steps))} left"
 
     def end(self) -> None:
-        """Print the last line, if it is not printed yet."""
+        """Print the last line, unless that was done."""
         if self.line != self.printed:
             print(self.line, file=sys.stderr, flush=True)
             self.printed = self.line
 
 
 def show(title: str, states: Iterator, quiet: bool = False, remedy: str = "go on with the same command"):
-    """Show how far a generator of `Progress` is, by its stages; returns what the generator returns.
+    """Show the stages of a generator of `Progress`; returns the generator's return value.
 
     Raises:
         Stopped: by Ctrl-C or SIGTERM, after a whole step, with the `remedy`; the generator is closed then.
     """
     try:
-        state = next(states)  # what is refused is refused before there is a bar
+        state = next(states)  # errors in the input come before there is a bar
         with stoppable() as pressed, bars(quiet) as tell:
             while not pressed:
                 tell(": ".join(filter(None, (title, state.stage))), state.done, state.total, state.note, state.pictures)
@@ -125,10 +125,10 @@ def show(title: str, states: Iterator, quiet: bool = False, remedy: str = "go on
 
 
 def on(device: str) -> torch.device:
-    """The device called so, for "" the fastest there is for this process; accelerate takes it for training, too.
+    """The device of this name, for "" the fastest one of this process; accelerate trains on the same device.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: the device is not there.
     """
     if device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -136,13 +136,13 @@ def on(device: str) -> torch.device:
     if not device:
         return own
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from error
-    if found.type == "cuda" and found.index is not None:
-        torch.cuda.set_device(found)
-    return found
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)
+    return chosen
 
 
 def autoencoder(folder: str, device: torch.device) -> nn.Module | None:
@@ -162,7 +162,7 @@ def load_or_build(name: str, seed: int = 0) -> nn.Module:
     return folders.load(name)
 
 
-def outcome(found: dict, as_json: bool, text: str) -> None:
-    """Print what came out, for programs or for people; only the main process does."""
+def outcome(result: dict, as_json: bool, text: str) -> None:
+    """Print a command's result, as JSON for programs or as text for people, in the main process."""
     if processes.is_main():
-        print(json.dumps(found) if as_json else text)
+        print(json.dumps(result) if as_json else text)

@@ -41,9 +41,9 @@ def reproduce(
     from .common import on, outcome, show
 
     if name == "list":
-        known = {each: f"{found.suite}: {found.title}" for each, found in recipes.RECIPES.items()}
-        known = {recipes.CLASSIFIER: "scores the letters", **known}
-        outcome(known, json, "\n".join(f"{each:36} {what}" for each, what in known.items()))
+        titles = {recipe: f"{known.suite}: {known.title}" for recipe, known in recipes.RECIPES.items()}
+        titles = {recipes.CLASSIFIER: "scores the letters", **titles}
+        outcome(titles, json, "\n".join(f"{recipe:36} {title}" for recipe, title in titles.items()))
         return
     if bool(name) == all:
         raise ValueError("name a recipe (reproduce list shows them), or ask for --all")
@@ -94,7 +94,7 @@ def compare(
 
 
 def _runs(table: str) -> list[dict]:
-    """The stored runs of "headline", or of one teacher: its short ones, or those of the papers' size."""
+    """The stored runs of the headline suite, or of one teacher and its students in the short suite or the papers' size."""
     from ..experiments import results
 
     suite = "short" if table in results.bases() else "paper"
@@ -106,10 +106,10 @@ def _verdicts() -> dict[str, list[dict]]:
     """The verdicts on all claims, by teacher."""
     from ..experiments import claims, results
 
-    found = {base: zip(claims.CLAIMS, claims.verdicts(base)) for base in results.bases()}
+    judged = {base: zip(claims.CLAIMS, claims.verdicts(base)) for base in results.bases()}
     return {
         base: [{"paper": paper, "claim": claim, "verdict": v.word, "figures": v.figures} for (paper, claim, _), v in pairs]
-        for base, pairs in found.items()
+        for base, pairs in judged.items()
     }
 
 
@@ -135,7 +135,7 @@ def bench(
     ] = "cpu",
     compile: Annotated[bool, typer.Option(help="For step: torch.compile both sides, too.")] = True,
     runs: Annotated[Path, typer.Option(help="For methods: the folder that reproduce wrote.")] = Path("runs"),
-    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file, and draw them beside it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file, and draw them beside it.")] = None,
     json: Json = False,
 ) -> None:
     """Measure this machine: what packing gains, what masks cost. Example: python -m sparsedm bench --what layers"""

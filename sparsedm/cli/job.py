@@ -33,14 +33,14 @@ class Job(JobOptions):
         """Keyword arguments of `distill.train` and `finetune`."""
         return {"data": self.data, **self._settings()}
 
-    def run(self, train: Callable[..., Iterator[TrainState]], trained: nn.Module, **told) -> None:
+    def run(self, train: Callable[..., Iterator[TrainState]], trained: nn.Module, **tracked) -> None:
         """Train with `train(trained, out=..., **options)`, and save the averaged model in `out`/model.
 
-        Of several processes the first one claims, logs and saves. The tracker gets the options and what else is `told`.
+        Of several processes the main one logs and saves. The tracker gets the options and `tracked`.
 
         Raises:
-            ValueError: the folder holds a run and `resume` was not asked for, or the other way round.
-            Stopped: by Ctrl-C or SIGTERM; a checkpoint was left.
+            ValueError: the folder holds a run without `resume`, or no run with `resume`.
+            Stopped: by Ctrl-C or SIGTERM, after a checkpoint.
         """
         dtype, tracker = folders.dtype_of(self.dtype), runlog.tracker_class(self.track)
         on(self.device)
@@ -52,7 +52,7 @@ class Job(JobOptions):
                 files.sweep(self.out)
             log, first = runlog.RunLog(self.out / "log.jsonl") if main else None, next(states, None)
             if main and tracker:
-                log.tracker = runlog.start_tracker(tracker, self.out, {**told, **self.options})
+                log.tracker = runlog.start_tracker(tracker, self.out, {**tracked, **self.options})
             with bars(self.json or first is None) as tell:
                 for state in itertools.chain([first] if first else [], states):
                     if main:
@@ -84,5 +84,5 @@ class Job(JobOptions):
             log.tracker.finish()
         path = self.out / "model"
         folders.save(layers.fold(model), path, dtype)
-        found = {"model": str(path), "loss": line.get("loss"), "seconds": round(seconds, 1)}
-        outcome(found, self.json, f"{path} written" + (f"; its loss was {line['loss']:.4f}" if line else ""))
+        result = {"model": str(path), "loss": line.get("loss"), "seconds": round(seconds, 1)}
+        outcome(result, self.json, f"{path} written" + (f"; its loss was {line['loss']:.4f}" if line else ""))

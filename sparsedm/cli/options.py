@@ -1,4 +1,4 @@
-"""The options that commands share, with their types and ranges. Nothing here imports torch: `--help` is to be quick."""
+"""The options that commands share, with their types and ranges. The module does not import torch, so that `--help` is quick."""
 
 import dataclasses
 import json
@@ -52,33 +52,33 @@ class JobOptions:
 
 
 def settings(given: list[str] | None) -> dict:
-    """{"lr": 0.1} of ["lr=0.1"]. Raises ValueError for something else."""
-    found = {}
+    """{"lr": 0.1} of ["lr=0.1"]. Raises ValueError for other text."""
+    values = {}
     for setting in given or ():
         key, equals, text = setting.partition("=")
         if not key or not equals:
             raise ValueError(f"--set takes NAME=VALUE, not {setting!r}")
         try:
-            found[key] = json.loads(text)
+            values[key] = json.loads(text)
         except json.JSONDecodeError:
-            found[key] = text
-    return found
+            values[key] = text
+    return values
 
 
 def numbers(option: str, text: str) -> list[int]:
     """[1, 4] of "1,4". Raises ValueError, with the option's name, for other than whole numbers of at least 1."""
-    found = [part.strip() for part in text.split(",") if part]
-    if wrong := [part for part in found if not part.isdecimal() or int(part) < 1]:
+    parts = [part.strip() for part in text.split(",") if part]
+    if wrong := [part for part in parts if not part.isdecimal() or int(part) < 1]:
         raise ValueError(f"{option} takes whole numbers of at least 1, such as 1,4, not {wrong[0]!r}")
-    return list(map(int, found))
+    return list(map(int, parts))
 
 
 def words(option: str, text: str, known: Collection[str]) -> list[str]:
-    """["float32", "bfloat16"] of "float32,bfloat16". Raises ValueError, with the option's name, for one that is not `known`."""
-    found = [part.strip() for part in text.split(",") if part]
-    if wrong := [part for part in found if part not in known]:
+    """["float32", "bfloat16"] of "float32,bfloat16". Raises ValueError, with the option's name, for other words than `known`."""
+    parts = [part.strip() for part in text.split(",") if part]
+    if wrong := [part for part in parts if part not in known]:
         raise ValueError(f"{option} takes {', '.join(known)}, not {wrong[0]!r}")
-    return found
+    return parts
 
 
 def free(out: Path) -> None:

@@ -135,7 +135,7 @@ def prune(
     """Remove channels (Diff-Pruning); go on with train. Example: python -m sparsedm prune glyphs-unet out --ratio 0.35"""
     from .. import data as data_module
     from ..checkpoints import folders
-    from ..measure import macs
+    from ..measure import macs, sizes
     from ..measure.evaluation import Progress
     from ..models import denoisers
     from ..pruning import diffpruning
@@ -148,18 +148,18 @@ def prune(
     if score in ("squared", "absolute"):
         images, labels = data_module.stack(data_module.load(data, size=denoisers.picture_size(whole)), n)
         states = diffpruning.importance(whole, images, labels, threshold=threshold, seed=seed)
-        told = (
+        progress = (
             Progress("importance", s.timestep + 1, s.timesteps if s.used else s.timestep + 1, f"loss {s.loss:.2f}")
             for s in states
         )
-        show("", told, json, "nothing is written")
+        show("", progress, json, "nothing is written")
     small = diffpruning.prune(whole, ratio, score=score, round_to=round_to, seed=seed)
     folders.save(small, out, weights)
     share = macs.count(small).dense / macs.count(whole).dense
-    parameters = [sum(p.numel() for p in each.parameters()) for each in (whole, small)]
-    found = {"model": str(out), "macs_share": share, "parameters_before": parameters[0], "parameters": parameters[1]}
+    parameters = [sizes.parameters(each) for each in (whole, small)]
+    result = {"model": str(out), "macs_share": share, "parameters_before": parameters[0], "parameters": parameters[1]}
     text = f"{out} written: {share:.0%} of the MACs, {parameters[1] / parameters[0]:.0%} of the parameters. Go on with train."
-    outcome(found, json, text)
+    outcome(result, json, text)
 
 
 COMMANDS = (train, finetune, sparsify, prune)

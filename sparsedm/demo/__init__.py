@@ -1,1 +1,1 @@
-"""The Gradio app's rooms: what each tab checks, computes and says. `app.py` opens it; nothing else imports it."""
+"""The Gradio app, a module for each tab. `app.py` opens the page; nothing else imports this folder."""

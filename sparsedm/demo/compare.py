@@ -30,7 +30,7 @@ def _counts(needed: float, executed: float) -> str:
 
 
 def figures(lane: Lane, order: Order) -> str:
-    """The table under a picture, as HTML; its bar is full when the side that multiplies more is done."""
+    """The table under a picture, as HTML; the bar is full when the side with more multiplications is done."""
     variant, counts, timing = lane.variant, lane.variant.macs, latency.Timing(lane.seconds)
     calls = order.n * counts.calls(len(lane.seconds), order.guidance)
     most = max(order.left.macs.executed, order.right.macs.executed)
@@ -54,13 +54,13 @@ def figures(lane: Lane, order: Order) -> str:
 
 
 def reading(images: torch.Tensor, labels: torch.Tensor) -> tuple[str, int]:
-    """The characters that the classifier reads, and how many of them are those asked for."""
+    """The characters that the classifier reads, and how many of them are right."""
     classes = metrics.read(images)
     return "".join(data.GLYPHS[c] for c in classes), int((classes == labels).sum())
 
 
 def work_words(left: Variant, right: Variant) -> str:
-    """How many fewer MACs the right model needs than the left one, and how many it really executes."""
+    """How many fewer MACs the right model needs and executes than the left one, in words."""
     needed, executed = (1 - b / a for a, b in ((left.macs.sparse, right.macs.sparse), (left.macs.executed, right.macs.executed)))
     needs = f"{right.title} needs **{_fewer(needed)} MACs** than {left.title}"
     if right.macs.executed == right.macs.dense > right.macs.sparse:
@@ -86,7 +86,7 @@ def time_words(left: Lane, right: Lane) -> str:
 
 
 def verdict(left: Lane, right: Lane, order: Order) -> str:
-    """The outcome in two or three sentences, from the figures alone (Markdown)."""
+    """The outcome in two or three sentences (Markdown)."""
     text = f"{work_words(left.variant, right.variant)}. {time_words(left, right)}. "
     if order.spelled:
         counts = [reading(lane.images, order.labels)[1] for lane in (left, right)]
@@ -131,7 +131,7 @@ def compare(catalogue: Catalogue, text, left, right, seed, steps, sampler, guida
 
 
 def _pages(catalogue: Catalogue, *wanted) -> Iterator[tuple | None]:
-    """What the page shows about ten times, and None after the other steps."""
+    """The page's outputs about ten times, and None after the other steps."""
     order = race.check(catalogue, *wanted)
     every = order.steps // 10 | 1  # odd: otherwise the same side would come first after every drawing
     for step, lanes in enumerate(race.race(order), 1):
@@ -222,7 +222,7 @@ def offer_generate(catalogue: Catalogue, job: dict) -> None:
         guidance: float = 0,
         kind: str = "word",
     ) -> tuple[dict, dict]:
-        """Draw with one model. Returns the picture's file and, as numbers, what it took."""
+        """Draw with one model. Returns the picture's file and the cost in numbers."""
         try:
             [(order, lane)] = turns.short(_drawn(catalogue, text, model, model, seed, steps, sampler, guidance, kind))
         except (ValueError, OSError) as error:
@@ -233,8 +233,8 @@ def offer_generate(catalogue: Catalogue, job: dict) -> None:
 
 
 def facts(lane: Lane, order: Order) -> dict:
-    """What one model's pictures took, as numbers."""
-    found = {
+    """The cost of one model's pictures, and how many the classifier reads right, as numbers."""
+    numbers = {
         "pictures": order.n,
         "steps": order.steps,
         "ms_per_step": latency.Timing(lane.seconds).median * 1e3,
@@ -242,12 +242,12 @@ def facts(lane: Lane, order: Order) -> dict:
         "macs_executed": order.left.macs.executed,
     }
     if order.spelled:
-        found["read"], found["right"] = reading(lane.images, order.labels)
-    return found
+        numbers["read"], numbers["right"] = reading(lane.images, order.labels)
+    return numbers
 
 
 def _drawn(catalogue: Catalogue, *wanted) -> Iterator[tuple[Order, Lane] | None]:
-    """The order and its pictures after the last step, None after the others."""
+    """The order and its pictures after the last step, None after the other steps."""
     order = race.check(catalogue, *wanted)
     for step, lane in enumerate(race.alone(order), 1):
         yield (order, lane) if step == order.steps else None

@@ -48,7 +48,7 @@ def words(weight: torch.Tensor, pattern: nm.NMPattern) -> str:
 
 
 def explore(catalogue: Catalogue, model, layer, n, m) -> tuple:
-    """One layer's weight under its N:M mask, how its largest weights fall into the groups, and what becomes of every layer."""
+    """One layer's weight under its N:M mask, how its largest weights fall into the groups, and the state of every layer."""
     try:
         checks.one_of("model", model, [key for _, key in offered(catalogue)])
         checks.within("M", m, 1, nm.MAX_M, whole=True)

@@ -13,7 +13,7 @@ from .. import data
 from ..checkpoints import folders
 from ..experiments.recipes import RECIPES
 from ..masking import layers
-from ..measure import macs
+from ..measure import macs, sizes
 from ..models import denoisers
 from ..packing import packed
 
@@ -27,11 +27,11 @@ class Entry:
     """A model on offer.
 
     Attributes:
-        title: what people read.
-        source: what `sparsedm.load` takes: a bundled name or a folder.
+        title: the name that people read.
+        source: a bundled name or a folder, as `sparsedm.load` takes it.
         role: one of `ROLES`, "masked" for a teacher masked without training, or "own" for a folder.
-        base: the bundled teacher that it is or was made of; "" for a folder.
-        pattern: N:M to mask it with; "" for a model that stays as it is stored.
+        base: the bundled teacher itself, or the student's bundled teacher; "" for a folder.
+        pattern: N:M to mask the model with; "" for a model that stays as stored.
     """
 
     title: str
@@ -42,16 +42,26 @@ class Entry:
 
 
 BUNDLED = {
-    name: Entry(f"{found.backbone}, {ROLES[found.role]}", name, found.role, found.base or name)
-    for name, found in RECIPES.items()
-    if found.bundle
+    name: Entry(f"{recipe.backbone}, {ROLES[recipe.role]}", name, recipe.role, recipe.base or name)
+    for name, recipe in RECIPES.items()
+    if recipe.bundle
 }
 BASES = {name: RECIPES[name].backbone for name, entry in BUNDLED.items() if entry.role == "teacher"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model with the figures that do not change from run to run: MACs, parameters, bytes of weights in memory."""
+    """A model and the numbers that do not change from run to run.
+
+    Attributes:
+        title: the name that people read.
+        model: the model, packed where that is faster.
+        macs: MACs of a call.
+        parameters: all parameters.
+        nonzero: parameters that are not zero.
+        bytes: of the weights in memory.
+        kernels: how many layers of each class run packed and dense, in words.
+    """
 
     title: str
     model: nn.Module
@@ -63,17 +73,17 @@ class Variant:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a picture: (channels, height, width)."""
+        """(channels, height, width) of a picture."""
         return tuple(denoisers.of(self.model).shape(self.model))
 
     @property
     def classes(self) -> int:
-        """How many there are to ask for; 0 for a model without classes."""
+        """The number of classes; 0 for a model without classes."""
         return denoisers.null_label(self.model) or 0
 
     @property
     def spells(self) -> bool:
-        """Whether its classes are the letters and digits."""
+        """Whether the classes are the letters and digits."""
         return self.classes == len(data.GLYPHS) and self.shape == (1, 16, 16)
 
 
@@ -100,11 +110,11 @@ class Catalogue:
                 self.entries[f"{base}@{pattern}"] = Entry(title, base, "masked", base, pattern)
 
     def choices(self, *roles: str) -> list[tuple[str, str]]:
-        """Titles and keys, as a list to choose from takes them: of these roles, or of all."""
+        """Titles and keys of the models of these roles, or of all models, for a list to choose from."""
         return [(entry.title, key) for key, entry in self.entries.items() if not roles or entry.role in roles]
 
     def rival(self, key: str) -> str:
-        """What a model is first compared with: a teacher with its 2:4 student, others with themselves."""
+        """The model to compare with first: a teacher's 2:4 student, or the model itself."""
         return student(key) if self.entries[key].role == "teacher" else key
 
     def load(self, key: str) -> Variant:
@@ -120,13 +130,10 @@ class Catalogue:
         if entry.pattern:
             layers.fold(layers.sparsify(model, entry.pattern))
         model = nn.Module.to(model, self.device)
-        parameters = list(model.parameters())
-        nonzero = sum(int(p.count_nonzero()) for p in parameters)
+        parameters, nonzero = sizes.parameters(model), sizes.nonzero(model)
         if layers.patterns(model):
             packed.pack(model, batch=PACK_BATCH)
-        size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-        counts = macs.count(model)
-        return Variant(entry.title, model, counts, sum(p.numel() for p in parameters), nonzero, size, kernels(model))
+        return Variant(entry.title, model, macs.count(model), parameters, nonzero, sizes.memory(model), kernels(model))
 
 
 def student(base: str) -> str:
@@ -135,26 +142,26 @@ def student(base: str) -> str:
 
 
 def kernels(model: nn.Module) -> str:
-    """What runs each class of layers: "Linear 25 packed, 4 dense"."""
-    found: dict[str, list[int]] = {}
+    """How many layers of each class run packed and dense: "Linear 25 packed, 4 dense"."""
+    layer_counts: dict[str, list[int]] = {}
     for module in model.modules():
         if packed.is_packed(module) or isinstance(module, layers.WEIGHTED):
-            counts = found.setdefault(type(module).__name__.removeprefix("Packed"), [0, 0])
+            counts = layer_counts.setdefault(type(module).__name__.removeprefix("Packed"), [0, 0])
             counts[0 if packed.is_packed(module) else 1] += 1
     parts = []
-    for name, counts in found.items():
+    for name, counts in layer_counts.items():
         words = [f"{count} {word}" for count, word in zip(counts, ("packed", "dense"), strict=True) if count]
         parts.append(f"{name} {', '.join(words)}")
     return "; ".join(parts)
 
 
 def copy_of(variant: Variant) -> nn.Module:
-    """Its model with ordinary layers, to change."""
+    """A copy of the model with ordinary layers, to change."""
     return packed.unpack(copy.deepcopy(variant.model))
 
 
 def device_of(asked: str) -> str:
-    """A device's name, checked; "auto" is the GPU if there is one. Raises ValueError."""
+    """A checked device name; "auto" is the GPU if there is one. Raises ValueError for a device that cannot be used."""
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

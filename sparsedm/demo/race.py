@@ -16,7 +16,19 @@ FREE = 8  # pictures without a word or classes
 
 @dataclass(frozen=True)
 class Order:
-    """A checked order: what to draw, with which models and how; labels [n], None to draw without classes."""
+    """A checked order.
+
+    Attributes:
+        left: the model of the left side.
+        right: the model of the right side.
+        n: pictures.
+        labels: classes [n]; None to draw without classes.
+        spelled: whether the pictures are letters, which the classifier can read.
+        seed: of the noise.
+        steps: sampling steps.
+        sampler: one of `diffusion.SAMPLERS`.
+        guidance: scale of classifier-free guidance.
+    """
 
     left: Variant
     right: Variant
@@ -31,7 +43,13 @@ class Order:
 
 @dataclass(frozen=True)
 class Lane:
-    """One side after some steps: its pictures [n, C, H, W] and the seconds of every step so far."""
+    """One side after some steps.
+
+    Attributes:
+        variant: the model.
+        images: pictures [n, C, H, W].
+        seconds: time of every step so far.
+    """
 
     variant: Variant
     images: torch.Tensor
@@ -39,7 +57,7 @@ class Lane:
 
 
 def check(catalogue: Catalogue, text, left, right, seed, steps, sampler, guidance, kind="word") -> Order:
-    """The order, if everything in it can be done; else a ValueError that names what is wrong and what to do."""
+    """The checked order. Raises ValueError, with the mistake and the remedy, for an order that cannot be carried out."""
     checks.one_of("kind of order", kind, KINDS)
     if not isinstance(text, str):
         raise ValueError(f"the {'word is' if kind == 'word' else 'classes are'} missing: type at most {MAX_PICTURES}")
@@ -85,8 +103,8 @@ def _class_labels(text: str, classes: int) -> torch.Tensor:
     numbers = text.replace(",", " ").split()
     wrong = next((number for number in numbers if not (number.isdecimal() and int(number) < classes)), None)
     if wrong is not None or not 1 <= len(numbers) <= MAX_PICTURES:
-        found = f"{wrong[:40]!r} is no class" if wrong is not None else f"there are {len(numbers)} classes"
-        raise ValueError(f"{found}: give 1 to {MAX_PICTURES} numbers from 0 to {classes - 1}")
+        problem = f"{wrong[:40]!r} is no class" if wrong is not None else f"there are {len(numbers)} classes"
+        raise ValueError(f"{problem}: give 1 to {MAX_PICTURES} numbers from 0 to {classes - 1}")
     return torch.tensor([int(number) for number in numbers])
 
 

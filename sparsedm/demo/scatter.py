@@ -23,7 +23,15 @@ element.addEventListener('keydown', event => { if (event.key === 'Enter') pick(e
 
 @dataclass(frozen=True)
 class Point:
-    """A result: its name (what a click reports), what people read, one of `FAMILIES`, its cost as a share, and its FD."""
+    """A result in the plot.
+
+    Attributes:
+        name: the recipe; a click reports it.
+        label: the name that people read.
+        family: one of `plots.FAMILIES`.
+        cost: share of the dense model's cost.
+        fd: FD-glyph.
+    """
 
     name: str
     label: str
@@ -35,7 +43,7 @@ class Point:
 def svg(points: Sequence[Point], xlabel: str, chosen: str = "", ceiling: float = math.inf) -> str:
     """The plot, FD on a logarithmic axis; the chosen point is ringed and drawn last, every point is labelled on hovering.
 
-    What lies above the `ceiling` is drawn at it as a triangle, and its label says where it is.
+    A point above the `ceiling` is drawn there as a triangle, and its label gives the FD.
     """
     if not points:
         return "<p>No results are stored for this choice.</p>"

@@ -29,7 +29,7 @@ def rows(base: str, batches: list[int], dtype: str, layers: bool) -> Iterator[di
 def benchmark(base, batches, dtype, layers) -> Iterator[tuple]:
     """Time sampling steps of a bundled model, dense against packed, and single layers: interleaved runs in one process.
 
-    Streams the lines so far; the last result has the figure, the table and the file with all figures.
+    Streams the lines so far; the last result has the figure, the table and the file with all numbers.
     """
     try:
         yield from turns.long(_pages(base, batches, dtype, layers))
@@ -88,7 +88,7 @@ def build(job: dict) -> None:
     state = gr.HTML(label="Progress")
     figure = gr.Plot(show_label=False, label="How many times faster", elem_classes=["later"])
     table = gr.Markdown(elem_classes=["scroll"])
-    file = gr.File(label="The figures as JSON", interactive=False, elem_classes=["later"])
+    file = gr.File(label="The numbers as JSON", interactive=False, elem_classes=["later"])
     job = {**job, "show_progress_on": state, "api_name": "benchmark", "api_description": about(benchmark)}
     event = run.click(benchmark, [base, batches, dtype, layers], [state, figure, table, file], **job)
     stop.click(None, cancels=[event], api_visibility="private")

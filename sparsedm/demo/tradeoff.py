@@ -14,16 +14,16 @@ COSTS = {"macs": "MACs", "time": "measured time of a step"}
 
 
 def points(base: str, suite: str, cost: str) -> list[scatter.Point]:
-    """The stored results of one teacher and its students; without those whose time was not measured, if time is the cost."""
+    """The stored results of one teacher and its students; if time is the cost, without those that were not timed."""
     rows = results.load(suite, base)
     whole = next(row.macs for row in rows if row.name in (base, *results.teachers()))
-    found = []
+    shown = []
     for row in rows:
         family = figures.family(row)
         share = row.macs / whole if cost == "macs" else 1.0 if family == "dense" else 1 / row.speedup if row.speedup else None
         if share is not None:
-            found.append(scatter.Point(row.name, row.recipe.method, family, share, row.fd))
-    return found
+            shown.append(scatter.Point(row.name, row.recipe.method, family, share, row.fd))
+    return shown
 
 
 def draw(base, suite, cost, chosen=None) -> tuple:
@@ -44,20 +44,20 @@ def draw(base, suite, cost, chosen=None) -> tuple:
 
 
 def details(name: str | None) -> tuple[str | None, str]:
-    """The file of a stored result's first pictures, enlarged, and in words (Markdown) what it is and the command that made it."""
-    found = next((row for suite in SUITES for row in results.load(suite) if row.name == name), None)
-    if found is None:
+    """The file of a stored result's first pictures, enlarged, and its scores, costs and command as text (Markdown)."""
+    row = next((row for suite in SUITES for row in results.load(suite) if row.name == name), None)
+    if row is None:
         return None, "Choose a point."
-    run, scores = found.runs[0], found.runs[0]["scores"]
-    seeds = f" (mean of {len(found.runs)} seeds)" if len(found.runs) > 1 else ""
-    similarity = f", SSIM to the teacher {found.mean('ssim_to_base'):.3f}" if "ssim_to_base" in scores else ""
-    faster = f", a step {found.speedup:.2f} times faster than the dense model's" if found.speedup else ""
+    run, scores = row.runs[0], row.runs[0]["scores"]
+    seeds = f" (mean of {len(row.runs)} seeds)" if len(row.runs) > 1 else ""
+    similarity = f", SSIM to the teacher {row.mean('ssim_to_base'):.3f}" if "ssim_to_base" in scores else ""
+    faster = f", a step {row.speedup:.2f} times faster than the dense model's" if row.speedup else ""
     lines = [
-        f"### {found.recipe.title}",
-        f"FD-glyph **{found.fd:.2f}**{seeds}, readability {found.mean('readability'):.1%}{similarity}",
+        f"### {row.recipe.title}",
+        f"FD-glyph **{row.fd:.2f}**{seeds}, readability {row.mean('readability'):.1%}{similarity}",
         f"{run['macs']['sparse'] / 1e6:.1f} M MACs per picture and step, {run['nonzero_parameters'] / 1e6:.2f} M weights not zero"
         f"{faster}",
-        f"Training: {found.images:,} pictures" if found.images else "No training",
+        f"Training: {row.images:,} pictures" if row.images else "No training",
         f"Scored on {run['protocol']['n']:,} pictures, {run['protocol']['steps']} {run['protocol']['sampler'].upper()} steps",
         f"Made by `{run['command']}`",
     ]

@@ -30,7 +30,15 @@ _stops: dict[str, threading.Event] = {}  # of the sessions that train now
 
 @dataclass
 class Watched:
-    """What a run has shown so far: loss terms of every step; mask flips and readable letters every `EVERY` steps."""
+    """The course of a training so far.
+
+    Attributes:
+        noise: the noise term of the loss at every step.
+        teacher: the teacher's term of the loss at every step.
+        steps: the steps at which the page was updated, every `EVERY` ones.
+        flips: share of mask entries that changed between two of `steps`.
+        right: letters that the classifier reads right at `steps`.
+    """
 
     noise: list[float]
     teacher: list[float]
@@ -44,7 +52,7 @@ class Watched:
 
 
 def check(catalogue: Catalogue, base, pattern, decay, weight, steps, word) -> torch.Tensor:
-    """The word's labels, if the order can be carried out; else a ValueError that says what to do."""
+    """The word's labels. Raises ValueError, with the remedy, if the order cannot be carried out."""
     checks.one_of("model", base, BASES)
     checks.one_of("pattern", pattern, PATTERNS)
     checks.within("decay", decay, 0, 0.01)
@@ -69,7 +77,7 @@ def tune(catalogue: Catalogue, session: str, base, pattern, decay, weight, steps
 
 
 def _tune(catalogue: Catalogue, stopped: threading.Event, base, pattern, decay, weight, steps, word) -> Iterator[tuple | None]:
-    """What the page shows every `EVERY` steps, and None after the others."""
+    """The page's outputs every `EVERY` steps, and None after the other steps."""
     labels = check(catalogue, base, pattern, decay, weight, steps, word)
     decay, weight, steps = float(decay), float(weight), int(steps)
     teacher = copy_of(catalogue.load(base))
@@ -106,7 +114,7 @@ def _tune(catalogue: Catalogue, stopped: threading.Event, base, pattern, decay, 
 
 
 def _settings(base: str) -> dict:
-    """The recipe's, cut down to a run of a minute."""
+    """The training settings of the recipe, changed for a run of a minute."""
     full = recipe(student(base)).train
     return full | {"lr": LEARNING_RATE, "ema_decay": EMA_DECAY, "warmup": WARMUP, "batch_size": BATCH, "mixed_precision": "no"}
 
@@ -134,11 +142,11 @@ def _packed(model: nn.Module, folder: Path, name: str) -> str:
 
 
 def stop(request: gr.Request) -> str:
-    """Ask this page's training to end after its step; what it has learned can be downloaded."""
-    found = _stops.get(request.session_hash or "")
-    if found is None:
+    """Ask this page's training to end after its step; the student so far can be downloaded."""
+    stopping = _stops.get(request.session_hash or "")
+    if stopping is None:
         return "Nothing is training."
-    found.set()
+    stopping.set()
     return "Stopping after this step."
 
 

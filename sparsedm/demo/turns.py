@@ -1,4 +1,4 @@
-"""One order computes at a time, so that no measured step shares the machine; long ones let others in between their steps."""
+"""One order computes at a time, so that no measured step shares the machine; long orders let others in between their steps."""
 
 import contextlib
 import threading
@@ -36,7 +36,11 @@ def turn(visit: Visit | None = None) -> Iterator[None]:
 
 
 def short(steps: Iterable[T | None]) -> Iterator[T]:
-    """What the steps have to show (None: nothing yet), all in one turn. Ends, by an error, when the visitor has gone."""
+    """The outputs of the steps (None: nothing to show yet), all in one turn.
+
+    Raises:
+        ConnectionAbortedError: the visitor has gone.
+    """
     visit = Visit()
     with turn(visit):
         for shown in steps:
@@ -46,7 +50,7 @@ def short(steps: Iterable[T | None]) -> Iterator[T]:
 
 
 def long(steps: Iterable[T | None]) -> Iterator[T]:
-    """As `short`, with a turn for every step: whoever waits comes before the next one."""
+    """As `short`, with a turn for every step: waiting orders come before the next step."""
     visit, remaining = Visit(), iter(steps)
     while True:
         visit.check()

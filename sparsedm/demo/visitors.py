@@ -1,4 +1,4 @@
-"""Who orders work, how much of it may wait, and whether anybody still listens for the results."""
+"""The page's visitors: how many orders of each may wait, and whether anybody still listens for the results."""
 
 import contextlib
 import re
@@ -12,7 +12,7 @@ from gradio.queueing import Queue
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-MOST = 12  # orders of one visitor (one network address) that wait or run; Gradio bounds those of all visitors
+MOST = 12  # orders of one visitor (one network address) that wait or run; Gradio bounds the orders of all visitors
 PATIENCE = 5.0  # seconds after its order within which a script must have begun to listen
 
 _ORDER = re.compile(r"/(queue/join|call/(v2/)?[^/]+)/?$")
@@ -43,7 +43,7 @@ class Door:
             answer = JSONResponse({"detail": f"You have {MOST} orders waiting: let one end, then order again."}, 429)
             await answer(scope, receive, send)
             return
-        with _counted(self._arriving, address):  # those that are not yet in the queue
+        with _counted(self._arriving, address):  # orders that are not yet in the queue
             await self.app(scope, receive, send)
 
 
@@ -52,11 +52,11 @@ def _address(request: Request) -> str:
 
 
 def _stream(scope) -> str | None:
-    """Whose results a request asks for: a session or an event."""
+    """The session or the event whose results a request asks for."""
     if scope["path"].endswith("/queue/data"):
         return parse_qs(scope["query_string"].decode()).get("session_hash", [None])[0]
-    found = _RESULTS.search(scope["path"])
-    return found and found["event"]
+    match = _RESULTS.search(scope["path"])
+    return match and match["event"]
 
 
 @contextlib.contextmanager

@@ -21,18 +21,18 @@ def si(number: float) -> str:
 
 
 def said(error: Exception) -> gr.Error:
-    """What a person is told about an order that was refused."""
+    """The message for a person whose order was refused."""
     message = html.escape(f"{error}.", quote=False)
     return gr.Error(message[0].upper() + message[1:], print_exception=False)
 
 
 def about(function: Callable) -> str:
-    """Its docstring in one line: what the page's list of endpoints says."""
+    """The function's docstring in one line, for the page's list of endpoints."""
     return " ".join(function.__doc__.split())
 
 
 def saved(picture: Image.Image) -> str:
-    """The path of a PNG file in Gradio's cache, named by its content and whole at any time: others may be loading the same."""
+    """The path of a PNG file in Gradio's cache, named by its content and whole at any time: another visitor may load the file."""
     stream = io.BytesIO()
     picture.save(stream, "png")
     path = Path(get_upload_folder(), hashlib.sha256(stream.getvalue()).hexdigest(), "image.png")

@@ -12,15 +12,15 @@ from . import results, timing
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """What a benchmark measures.
 
     Attributes:
         models: bundled models, model folders or the papers' configurations.
-        batches: pictures at a time.
-        dtypes: names of torch's.
-        threads: numbers of them; () for the benchmark's own choice.
-        device: what computes.
-        compiled: whether both sides run compiled, too.
+        batches: batch sizes, in pictures.
+        dtypes: names of torch's dtypes.
+        threads: numbers of threads; () for the benchmark's own choice.
+        device: the device that computes.
+        compiled: whether the models also run compiled.
         runs: the folder that `reproduce` wrote.
     """
 
@@ -38,10 +38,10 @@ class Benchmark:
     """One of the benchmarks.
 
     Attributes:
-        measure: the outcome for some options: rows as they are measured, or a dict of all.
+        measure: the result for some options: a generator of rows, or one dict.
         line: one row as text; None for a benchmark without rows.
-        anywhere: whether it also runs on other devices than the CPU.
-        drawn: whether `plots.speed` draws its rows.
+        anywhere: whether the benchmark also runs on other devices than the CPU.
+        drawn: whether `plots.speed` draws the rows.
     """
 
     measure: Callable[[Options], Iterator[dict] | dict]
@@ -59,8 +59,8 @@ def _layers(o: Options) -> Iterator[dict]:
 
 
 def _methods(o: Options) -> Iterator[dict]:
-    made = [name for name in results.timed_recipes() if (o.runs / name / "model").is_dir()]
-    return timing.measure_methods(o.runs, made, dtypes=o.dtypes, threads=o.threads, device=o.device)
+    names = [name for name in results.timed_recipes() if (o.runs / name / "model").is_dir()]
+    return timing.measure_methods(o.runs, names, dtypes=o.dtypes, threads=o.threads, device=o.device)
 
 
 def _shares(o: Options) -> Iterator[dict]:
@@ -77,7 +77,7 @@ BENCHMARKS = {
 
 
 def benchmark(name: str, device: torch.device) -> Benchmark:
-    """The benchmark called `name`. Raises ValueError if there is none, or none for the device."""
+    """The benchmark called `name`. Raises ValueError for an unknown name or device."""
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
     if device.type != "cpu" and not BENCHMARKS[name].anywhere:
@@ -86,7 +86,7 @@ def benchmark(name: str, device: torch.device) -> Benchmark:
 
 
 def run(chosen: Benchmark, options: Options, tell: Callable[[str], None]) -> dict:
-    """The outcome of a benchmark; every row is told as a line of text as soon as it is measured."""
+    """The result of a benchmark; `tell` gets every row as a line of text as soon as the row is measured."""
     if chosen.line is None:
         return chosen.measure(options)
     result = {**speed.machine(options.device), "rows": []}

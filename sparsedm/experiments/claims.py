@@ -1,7 +1,7 @@
-"""What the two papers claim, and what the stored results say about it here: holds, does not hold, or cannot be told.
+"""The claims of the two papers, and the verdict of the stored results on each: holds, does not hold, or cannot be told.
 
-Chance counts: a claim holds, or does not, only if a t-test on ln FD-glyph says so, whose deviation from run to run is pooled over
-all methods that have several seeds, of both teachers. Two or three runs alone may agree by luck.
+Chance counts: a claim holds, or does not, only if a t-test on ln FD-glyph says so. The test pools the deviation from run to run
+over all methods that have several seeds, of both teachers: two or three runs alone may agree by luck.
 """
 
 import functools
@@ -24,16 +24,21 @@ from .recipes import RECIPES, Recipe
 from .results import Row
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
-HALF = 0.55  # MACs that count as half
-CONSISTENT = 0.93  # SSIM that counts as close to the original's picture: that of the Diff-Pruning paper on CIFAR-10
-TOLERANCE = 1.1  # FD-glyph over the dense model's that still counts as the same quality: in the SparseDM paper FID grows so
-FASTER = 1.1
+HALF = 0.55  # share of the MACs that counts as half
+CONSISTENT = 0.93  # SSIM that counts as close to the original's pictures: the Diff-Pruning paper's on CIFAR-10
+TOLERANCE = 1.1  # ratio of FD-glyph to the dense model's that counts as the same quality: FID grows so in the SparseDM paper
+FASTER = 1.1  # speed-up that counts as faster
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of HOLDS, FAILS, OPEN, and the figures that it rests on."""
+    """The judgement on a claim.
+
+    Attributes:
+        word: HOLDS, FAILS or OPEN.
+        figures: the scores that the word rests on, as text.
+    """
 
     word: str
     figures: str
@@ -47,7 +52,7 @@ class MissingEvidence(Exception):
 
 
 class Score(NamedTuple):
-    """FD-glyph, and the number of runs that it is the mean of."""
+    """The mean FD-glyph of a method, and the number of its runs."""
 
     fd: float
     runs: float = 1.0
@@ -59,7 +64,12 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Chance:
-    """Standard deviation of ln FD-glyph from run to run of one method, and the degrees of freedom it was estimated with."""
+    """How much FD-glyph varies by chance.
+
+    Attributes:
+        deviation: standard deviation of ln FD-glyph from run to run of one method.
+        freedom: degrees of freedom of the estimate.
+    """
 
     deviation: float
     freedom: int
@@ -79,11 +89,11 @@ class Chance:
         return stats.t.ppf(1 - (1 - CONFIDENCE) / sides, self.freedom) * self.deviation * math.sqrt(1 / a + 1 / b)
 
     def compare(self, a: Score, b: Score) -> int:
-        """-1 if FD-glyph of `a` is the lower one, 1 if that of `b` is, 0 if the seeds do not allow to tell."""
+        """-1 if FD-glyph of `a` is the lower one, 1 if that of `b` is, 0 if chance may explain the difference."""
         return _sign(math.log(a.fd / b.fd), self.reach(a.runs, b.runs))
 
     def within(self, a: Score, b: Score) -> int:
-        """-1 if FD-glyph of `a` is at most `TOLERANCE` times that of `b`, 1 if more, 0 if the seeds do not allow to tell."""
+        """-1 if FD-glyph of `a` is at most `TOLERANCE` times that of `b`, 1 if more, 0 if chance may explain the difference."""
         return _sign(math.log(a.fd / b.fd / TOLERANCE), self.reach(a.runs, b.runs, sides=1))
 
 
@@ -97,7 +107,7 @@ def _sign(gap: float, reach: float) -> int:
 
 
 def chance() -> Chance:
-    """What the stored results of both suites tell about chance. Raises MissingEvidence if no method has several seeds."""
+    """The deviation by chance in the stored results of both suites. Raises MissingEvidence if no method has several seeds."""
     return Chance.of(_rows())
 
 
@@ -123,7 +133,8 @@ class Evidence:
     def _row(self, suite: str, role: str) -> Row:
         if row := self._rows.get((suite, role)):
             return row
-        methods = {(each.suite, each.role): each.method for name, each in RECIPES.items() if (each.base or name) == self.base}
+        own = (known for name, known in RECIPES.items() if (known.base or name) == self.base)
+        methods = {(known.suite, known.role): known.method for known in own}
         raise MissingEvidence(methods[suite, role])
 
     @functools.cached_property
@@ -131,35 +142,35 @@ class Evidence:
         return chance()
 
     def compare(self, a: Row, b: Row) -> int:
-        """-1 if FD-glyph of `a` is the lower one, 1 if that of `b` is, 0 if the seeds do not allow to tell."""
+        """-1 if FD-glyph of `a` is the lower one, 1 if that of `b` is, 0 if chance may explain the difference."""
         return self.chance.compare(Score.of(a), Score.of(b))
 
     def within(self, a: Row, b: Row) -> int:
-        """-1 if FD-glyph of `a` is at most `TOLERANCE` times that of `b`, 1 if more, 0 if the seeds do not allow to tell."""
+        """-1 if FD-glyph of `a` is at most `TOLERANCE` times that of `b`, 1 if more, 0 if chance may explain the difference."""
         return self.chance.within(Score.of(a), Score.of(b))
 
     def better(self, a: str, others: Iterable[str]) -> Verdict:
         """Whether a short run is better than every one of the others."""
         row, rivals = self.short(a), [self.short(name) for name in others]
-        figures = ", ".join(f"{rival.fd:.2f} ({rival.recipe.method})" for rival in rivals)
-        return Verdict(_all(self.compare(row, rival) for rival in rivals), f"{row.fd:.2f} against {figures}")
+        scores = ", ".join(f"{rival.fd:.2f} ({rival.recipe.method})" for rival in rivals)
+        return Verdict(_all(self.compare(row, rival) for rival in rivals), f"{row.fd:.2f} against {scores}")
 
 
 def _all(outcomes: Iterable[int]) -> str:
     """The word for a claim that holds if every outcome is -1 and does not if one is 1."""
-    found = set(outcomes)
-    return FAILS if 1 in found else HOLDS if found == {-1} else OPEN
+    signs = set(outcomes)
+    return FAILS if 1 in signs else HOLDS if signs == {-1} else OPEN
 
 
 def _half(key: str) -> Callable[[Evidence], Verdict]:
-    def judge(found: Evidence) -> Verdict:
-        row, teacher = found.long(key), found.long("teacher")
-        products = [each.runs[0]["macs"]["attention"] for each in (row, teacher)]
+    def judge(evidence: Evidence) -> Verdict:
+        row, teacher = evidence.long(key), evidence.long("teacher")
+        products = [model.runs[0]["macs"]["attention"] for model in (row, teacher)]
         share, layers_alone = row.macs / teacher.macs, (row.macs - products[0]) / (teacher.macs - products[1])
-        figures = f"{share:.0%} of the MACs, {layers_alone:.0%} without attention's products"
+        shares = f"{share:.0%} of the MACs, {layers_alone:.0%} without attention's products"
         if row.recipe.pattern and teacher.recipe.model[0] is UViTModel:
-            figures += f"; {_skips_dense(teacher.recipe, row.recipe.pattern) / teacher.macs:.0%} with skip_linear dense"
-        return Verdict(HOLDS if share <= HALF else FAILS, figures)
+            shares += f"; {_skips_dense(teacher.recipe, row.recipe.pattern) / teacher.macs:.0%} with skip_linear dense"
+        return Verdict(HOLDS if share <= HALF else FAILS, shares)
 
     return judge
 
@@ -174,11 +185,11 @@ def _skips_dense(teacher: Recipe, pattern: str) -> int:
 
 
 def _kept(key: str) -> Callable[[Evidence], Verdict]:
-    """The quality of a headline model against the teacher's and those of the dense model trained as long, at both rates."""
+    """The quality of a headline model against the teacher's, and the dense model's after the same training at both rates."""
 
-    def judge(found: Evidence) -> Verdict:
-        row, teacher, rival, gentle = (found.long(name) for name in (key, "teacher", "more", "more-gentle"))
-        word = _all(found.within(row, other) for other in (teacher, rival, gentle))
+    def judge(evidence: Evidence) -> Verdict:
+        row, teacher, rival, gentle = (evidence.long(name) for name in (key, "teacher", "more", "more-gentle"))
+        word = _all(evidence.within(row, other) for other in (teacher, rival, gentle))
         dense = f"dense with the same extra training {rival.fd:.2f}, at lr 3e-4 {gentle.fd:.2f}"
         return Verdict(word, f"{row.fd:.2f}; teacher {teacher.fd:.2f}, {dense}")
 
@@ -186,55 +197,55 @@ def _kept(key: str) -> Callable[[Evidence], Verdict]:
 
 
 def _better(a: str, *others: str) -> Callable[[Evidence], Verdict]:
-    return lambda found: found.better(a, others)
+    return lambda evidence: evidence.better(a, others)
 
 
-def _teacher_helps(found: Evidence) -> Verdict:
-    verdict, alone = found.better("2x4", ["2x4-srste"]), found.short("2x4-teacher-only")
-    better = found.compare(alone, found.short("2x4-srste")) == -1
+def _teacher_helps(evidence: Evidence) -> Verdict:
+    verdict, alone = evidence.better("2x4", ["2x4-srste"]), evidence.short("2x4-teacher-only")
+    better = evidence.compare(alone, evidence.short("2x4-srste")) == -1
     return Verdict(verdict.word, f"{verdict.figures}; teacher's loss alone {alone.fd:.2f}{', which is better' if better else ''}")
 
 
-def _fixed(found: Evidence) -> Verdict:
-    """By the runs at a constant rate, the papers': a falling one leaves little to the pattern that comes last."""
-    verdict = found.better("2x4-constant", ["2x4-progressive-constant"])
-    falling = [found.short(key).fd for key in ("2x4", "2x4-progressive")]
+def _fixed(evidence: Evidence) -> Verdict:
+    """The runs at a constant rate, as in the paper, decide: a falling rate leaves little to the last pattern."""
+    verdict = evidence.better("2x4-constant", ["2x4-progressive-constant"])
+    falling = [evidence.short(key).fd for key in ("2x4", "2x4-progressive")]
     return Verdict(verdict.word, f"{verdict.figures}; {falling[0]:.2f} against {falling[1]:.2f} with a rate that falls to 0")
 
 
 def _faster(key: str) -> Callable[[Evidence], Verdict]:
-    def judge(found: Evidence) -> Verdict:
-        row = found.short(key)
+    def judge(evidence: Evidence) -> Verdict:
+        row = evidence.short(key)
         best = _timed(row)
-        converted = f", {row.speedup_over_onednn:.2f} over oneDNN" if row.speedup_over_onednn else ""  # which GPUs lack
-        figures = f"{row.speedup:.2f} times faster{converted}; {row.timed_with}"
-        return Verdict(HOLDS if best >= FASTER else FAILS, figures)
+        converted = f", {row.speedup_over_onednn:.2f} over oneDNN" if row.speedup_over_onednn else ""  # GPUs lack oneDNN
+        times = f"{row.speedup:.2f} times faster{converted}; {row.timed_with}"
+        return Verdict(HOLDS if best >= FASTER else FAILS, times)
 
     return judge
 
 
-def _equal_time(found: Evidence) -> Verdict:
+def _equal_time(evidence: Evidence) -> Verdict:
     """2:4 against models of the same measured time: FD-glyph between those of two widths, on a logarithmic scale.
 
-    The widest is the dense model, trained as the students were or at the rate that suits it better; both must agree.
+    The widest is the dense model, trained at the students' rate or at the rate that suits it better; both must agree.
     """
-    row = found.short("2x4")
+    row = evidence.short("2x4")
     time = 1 / _timed(row)
-    rival, gentle = (_rival(found, dense, time) for dense in ("more", "more-gentle"))
+    rival, gentle = (_rival(evidence, dense, time) for dense in ("more", "more-gentle"))
     if rival is None or gentle is None:
         return Verdict(OPEN, f"no pruned model is as fast ({time:.2f} of the dense time)")
-    words = {_all([found.chance.compare(Score.of(row), each)]) for each in (rival, gentle)}
-    figures = f"{row.fd:.2f} against {rival.fd:.2f} at {time:.0%} of the dense time"
+    words = {_all([evidence.chance.compare(Score.of(row), other)]) for other in (rival, gentle)}
+    scores = f"{row.fd:.2f} against {rival.fd:.2f} at {time:.0%} of the dense time"
     if gentle != rival:  # the dense model is one of the two neighbours
-        figures += f" ({gentle.fd:.2f} if the dense model counts at lr 3e-4)"
-    return Verdict(words.pop() if len(words) == 1 else OPEN, figures)
+        scores += f" ({gentle.fd:.2f} if the dense model counts at lr 3e-4)"
+    return Verdict(words.pop() if len(words) == 1 else OPEN, scores)
 
 
-def _rival(found: Evidence, dense: str, time: float) -> Score | None:
-    """What a model that takes this share of the dense time, or less, would score; None if pruned ones all take more."""
-    widths = [(1.0, Score.of(found.short(dense)))]
+def _rival(evidence: Evidence, dense: str, time: float) -> Score | None:
+    """The score of a pruned model that takes this share of the dense time, or less; None if all pruned models take more."""
+    widths = [(1.0, Score.of(evidence.short(dense)))]
     for key in ("diffpruned-most", "diffpruned", "diffpruned-quarter"):
-        widths.append((1 / _timed(found.short(key)), Score.of(found.short(key))))
+        widths.append((1 / _timed(evidence.short(key)), Score.of(evidence.short(key))))
     for (t0, one), (t1, other) in itertools.pairwise(sorted(widths)):
         if t0 <= time <= t1:
             return between(one, other, (time - t0) / (t1 - t0))
@@ -242,7 +253,7 @@ def _rival(found: Evidence, dense: str, time: float) -> Score | None:
 
 
 def between(a: Score, b: Score, share: float) -> Score:
-    """`share` of the way from `a` to `b`, logarithmically, with the number of runs that has the variance of this mean."""
+    """The score at `share` of the way from `a` to `b`, on a logarithmic scale; its number of runs gives the mean's variance."""
     fd = a.fd ** (1 - share) * b.fd**share
     return Score(fd, 1 / ((1 - share) ** 2 / a.runs + share**2 / b.runs))
 
@@ -253,28 +264,29 @@ def _timed(row: Row) -> float:
     return row.speedup_best
 
 
-def _cheap(found: Evidence) -> Verdict:
-    """Diff-Pruning's 10 to 20 % of the training: the short run is a tenth of the teacher's, another one a fifth."""
-    images = found.long("teacher").images
-    rows = (found.short("diffpruned"), found.short("teacher")), (found.long("diffpruned-fifth"), found.long("teacher"))
-    outcomes = {found.within(row, teacher) for row, teacher in rows}
-    word = HOLDS if -1 in outcomes else FAILS if outcomes == {1} else OPEN
-    figures = (
-        f"{row.fd:.2f}, teacher {teacher.fd:.2f}, after {row.images / images:.0%} of its training" for row, teacher in rows
+def _cheap(evidence: Evidence) -> Verdict:
+    """Diff-Pruning's 10 to 20 % of the training: the short run has a tenth of the teacher's, another run a fifth."""
+    images = evidence.long("teacher").images
+    rows = (
+        (evidence.short("diffpruned"), evidence.short("teacher")),
+        (evidence.long("diffpruned-fifth"), evidence.long("teacher")),
     )
-    return Verdict(word, "; ".join(figures))
+    outcomes = {evidence.within(row, teacher) for row, teacher in rows}
+    word = HOLDS if -1 in outcomes else FAILS if outcomes == {1} else OPEN
+    scores = (f"{row.fd:.2f}, teacher {teacher.fd:.2f}, after {row.images / images:.0%} of its training" for row, teacher in rows)
+    return Verdict(word, "; ".join(scores))
 
 
-def _thresholds(found: Evidence) -> Verdict:
+def _thresholds(evidence: Evidence) -> Verdict:
     keys = ("threshold-0.02", "diffpruned", "threshold-0.2")
-    taylor = found.short("taylor")
-    word = _all([found.compare(found.short("diffpruned"), taylor)])  # at the paper's threshold
-    sweep = ", ".join(f"{found.short(key).fd:.2f} ({found.short(key).recipe.prune['threshold']:g})" for key in keys)
+    taylor = evidence.short("taylor")
+    word = _all([evidence.compare(evidence.short("diffpruned"), taylor)])  # at the paper's threshold
+    sweep = ", ".join(f"{evidence.short(key).fd:.2f} ({evidence.short(key).recipe.prune['threshold']:g})" for key in keys)
     return Verdict(word, f"{taylor.fd:.2f} with all timesteps, {sweep}")
 
 
-def _consistent(found: Evidence) -> Verdict:
-    rows = [found.short(key) for key in ("diffpruned", "scratch", "2x4")]
+def _consistent(evidence: Evidence) -> Verdict:
+    rows = [evidence.short(key) for key in ("diffpruned", "scratch", "2x4")]
     pruned, scratch = (row.mean("ssim_to_base") for row in rows[:2])
     word = HOLDS if pruned >= CONSISTENT and pruned > scratch else FAILS
     return Verdict(word, "SSIM " + ", ".join(f"{r.mean('ssim_to_base'):.3f} ({r.recipe.method})" for r in rows))
@@ -303,19 +315,19 @@ CLAIMS = (
 
 def verdicts(base: str) -> list[Verdict]:
     """A verdict on every one of `CLAIMS` from one teacher's results; what has not been run cannot be told."""
-    found = Evidence(base)
-    return [_judged(judge, found) for _, _, judge in CLAIMS]
+    evidence = Evidence(base)
+    return [_judged(judge, evidence) for _, _, judge in CLAIMS]
 
 
-def _judged(judge: Callable[[Evidence], Verdict], found: Evidence) -> Verdict:
+def _judged(judge: Callable[[Evidence], Verdict], evidence: Evidence) -> Verdict:
     try:
-        return judge(found)
+        return judge(evidence)
     except MissingEvidence as missing:
         return Verdict(OPEN, f"not run ({missing})")
 
 
 _RULES = f"""
-Figures are FD-glyph where nothing else is said: of the short runs, but of the long ones (more pictures and sampling steps, not
+Scores are FD-glyph where nothing else is said: of the short runs, but of the long ones (more pictures and sampling steps, not
 to be compared with the others) for *the same quality* and for a fifth of the training. Better: than every rival named; it does
 not hold if one of them is better. Quality is kept if FD-glyph is at most {TOLERANCE - 1:.0%} above the teacher's and above the
 dense model's with the same extra training at either rate (t-test, one side). Half the MACs: at most {HALF:.0%}. Equal time:
@@ -334,15 +346,15 @@ def table(bases: tuple[str, ...] = ("glyphs-uvit", "glyphs-unet")) -> str:
 
 
 def _told_apart() -> str:
-    """The yardstick of chance in a sentence or two."""
+    """How far FD-glyph varies by chance, in a sentence or two."""
     try:
-        found = chance()
+        spread = chance()
     except MissingEvidence:
         return "Nothing tells how large chance is: no method has several seeds."
-    single, three = (math.expm1(found.reach(runs, runs)) for runs in (1, 3))
+    single, three = (math.expm1(spread.reach(runs, runs)) for runs in (1, 3))
     most = max((row for row in _rows() if len(row.runs) > 1), key=_deviation)
     return (
-        f"From seed to seed FD-glyph varies by {found.deviation:.1%} (standard deviation of all methods together, {found.freedom}"
-        f" degrees of freedom; most of all, {_deviation(most):.0%}, in {most.recipe.title}): single runs count as different from"
-        f" {single:.0%} on, means of three from {three:.0%} on (t-test, {CONFIDENCE:.0%})."
+        f"From seed to seed FD-glyph varies by {spread.deviation:.1%} (standard deviation of all methods together,"
+        f" {spread.freedom} degrees of freedom; most of all, {_deviation(most):.0%}, in {most.recipe.title}): single runs count"
+        f" as different from {single:.0%} on, means of three from {three:.0%} on (t-test, {CONFIDENCE:.0%})."
     )

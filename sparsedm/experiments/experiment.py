@@ -1,7 +1,7 @@
-"""Carrying out a recipe: prune or mask, train, save, score, and write down what came out.
+"""Carrying out a recipe in four steps: prepare the plan, make (prune or mask, train, save), score, publish.
 
 `python -m sparsedm reproduce NAME` resumes where it stopped and leaves in its folder the training log, the checkpoint, the
-model, the pictures it was scored on and `results.json`. Only the saved model is scored: what is reported is what is shipped.
+model, the scored pictures and `results.json`. Only the saved model is scored: the reported model is the shipped model.
 Several processes share training and sampling; the main one writes and scores.
 """
 
@@ -14,7 +14,7 @@ import platform
 import subprocess
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from torch import nn
 from .. import data, plots
 from ..checkpoints import folders
 from ..masking import layers, nm
-from ..measure import evaluation, fingerprint, macs, metrics
+from ..measure import evaluation, fingerprint, macs, metrics, sizes
 from ..measure.evaluation import Progress
 from ..models import denoisers
 from ..models.uvit import UViTModel
@@ -34,14 +34,61 @@ from ..support import processes
 from ..support.files import read_json, replacing, restore, write_json
 from ..training import distill
 from ..training.calibrate import calibrate
+from ..training.checkpoint import TrainConfig
 from ..training.runlog import RunLog, read
 from . import glyph_classifier
 from .recipes import CLASSIFIER, Protocol, Recipe, recipe, run_name
 from .results import RESULTS, RESULTS_FILE, card
 
 IMPORTANCE_PICTURES = 128  # as many as the Diff-Pruning code takes of CIFAR-10
-KEPT = 36  # pictures that are shown with a stored result: one of each character
+KEPT = 36  # pictures beside a stored result: one of each character
 WATCH_PICTURES = metrics.MIN_SAMPLES["fd"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of a recipe, checked before anything is computed.
+
+    Attributes:
+        name: of the recipe.
+        recipe: the recipe itself.
+        out: the folder of all runs.
+        protocol: how to score, with the noise of this seed.
+        settings: of the training; {} for a recipe without one.
+        seed: of the training's draws and of the pictures' noise.
+        inception: path of Inception's weights, if FID is wanted.
+        vae: folder of the autoencoder that decodes latents.
+        reference: data set for FID instead of the training set.
+        commit: of the code that runs; the files may change during a long training.
+    """
+
+    name: str
+    recipe: Recipe
+    out: Path
+    protocol: Protocol
+    settings: dict
+    seed: int
+    inception: str | None
+    vae: str | None
+    reference: str
+    commit: str
+
+    @property
+    def run(self) -> str:
+        return run_name(self.name, self.seed)
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.run
+
+    @property
+    def model(self) -> Path:
+        """The folder of the run's model."""
+        return self.folder / "model"
+
+    @property
+    def results(self) -> Path:
+        return self.folder / RESULTS_FILE
 
 
 def reproduce(
@@ -63,59 +110,98 @@ def reproduce(
     Args:
         protocol: how to score, the recipe's own by default.
         bundle: also copy the results into the package, and with seed 0 the model and its card if the recipe says so.
-        seed: of the training's draws and of the pictures' noise; the base is the same for all.
-        inception: path of Inception's weights, for FID on sets other than the glyphs, against the pictures of `reference` (a
-            data set's name) or of the training set.
+        seed: of the training's draws and of the pictures' noise; the base is the same for all seeds.
+        inception: path of Inception's weights, for FID on data sets other than the glyphs.
         vae: folder of the autoencoder that decodes what a latent model makes.
+        reference: name of the data set that FID compares with, the training set by default.
         **train_options: override fields of the recipe's training, for trials.
+
+    Raises:
+        ValueError: an unknown recipe or setting, inputs that are missing, or a folder that holds another run.
     """
     if name == CLASSIFIER:
         return (yield from glyph_classifier.reproduce(Path(out, name), bundle))
-    chosen, run = recipe(name), run_name(name, seed)
-    commit = _commit()  # of the code that runs; the files may change during a long training
+    plan = _prepare(name, Path(out), protocol, seed, inception, vae, reference, train_options)
+    with processes.claimed(plan.folder):
+        results = _begin(plan)
+        if results is None:
+            yield from _make(plan)
+            results = yield from _score(plan)
+    if not results:
+        return {}
+    if bundle and processes.is_main():
+        _publish(plan, results)
+    yield Progress("done", 1, 1, json.dumps(results["scores"]))
+    return results
+
+
+def _prepare(
+    name: str,
+    out: Path,
+    protocol: Protocol | None,
+    seed: int,
+    inception: str | None,
+    vae: str | None,
+    reference: str,
+    train_options: dict,
+) -> Plan:
+    """The plan of a run. Raises ValueError if the run cannot be carried out."""
+    chosen, commit = recipe(name), _commit()
     if seed:
         chosen = replace(chosen, watch=())  # one curve is enough
-    if chosen.train:
-        distill.TrainConfig.of({**chosen.train, **train_options})
-    protocol = protocol or chosen.protocol
-    protocol = replace(protocol, seed=protocol.seed + seed)
-    folder = Path(out, run)
     settings = {**chosen.train, **train_options} if chosen.train else {}
+    if settings:
+        TrainConfig.of(settings)
     if settings and seed:
         settings["seed"] = seed
     if chosen.data.startswith("latents:") and (not vae or (inception and not reference)):
         raise ValueError(f"{name} makes latents: name the folder of an autoencoder (vae), and for FID real pictures (reference)")
+    protocol = protocol or chosen.protocol
     evaluation.check(protocol.n, chosen.data, inception)
-    with processes.claimed(folder):
-        if processes.is_main():
-            restore(folder / "model")
-            _note_settings(folder, settings)
-        sources = _sources(chosen, Path(out), folder, inception, vae, reference) if processes.is_main() else {}
-        results = processes.from_main(_finished(folder / RESULTS_FILE, protocol, sources) if processes.is_main() else None)
-        if results is None:
-            if not processes.from_main((folder / "model" / folders.CONFIG).exists()):
-                made = yield from _make(chosen, Path(out), folder, settings, seed)
-                _save(made, folder / "model")
-            model = _load(folder / "model")
-            _check_pattern(model, chosen)
-            pictures = yield from _pictures(model, chosen, protocol, Path(out), folder, settings, vae)
-            if pictures is None:
-                return {}
-            images, base_images, curve = pictures
-            asked = evaluation.labels(model, protocol.n)
-            scores = evaluation.score(images, asked, chosen.data, base_images, inception, reference)
-            results = {"name": run, "command": f"python -m sparsedm reproduce {name}" + (f" --seed {seed}" if seed else "")}
-            results |= {"seed": seed, "scores": scores, "curve": curve, "protocol": asdict(protocol)}
-            results |= {**_facts(chosen, model, folder, settings), "commit": commit}
-            results["sources"] = _sources(chosen, Path(out), folder, inception, vae, reference)
-            write_json(folder / RESULTS_FILE, results)
-    if bundle and processes.is_main():
-        write_json(RESULTS / f"{run}.json", results)
-        _keep_pictures(folder, protocol, RESULTS / f"{run}.png")
-        if chosen.bundle and not seed:
-            folders.save(folders.load(folder / "model"), folders.ASSETS / name, torch.float16, card=card(name, results))
-    yield Progress("done", 1, 1, json.dumps(results["scores"]))
+    protocol = replace(protocol, seed=protocol.seed + seed)
+    return Plan(name, chosen, out, protocol, settings, seed, inception, vae, reference, commit)
+
+
+def _begin(plan: Plan) -> dict | None:
+    """Note the settings in the run's folder; the results if the run is finished. Raises ValueError if they differ."""
+    if not processes.is_main():
+        return processes.from_main(None)
+    restore(plan.model)
+    _note_settings(plan.folder, plan.settings)
+    return processes.from_main(_finished(plan.results, plan.protocol, _sources(plan)))
+
+
+def _score(plan: Plan) -> Iterator[Progress]:
+    """Score the saved model (a generator that writes and returns the results; {} in other processes than the main one)."""
+    model = _load(plan.model)
+    _check_pattern(model, plan.recipe)
+    pictures = yield from _pictures(model, plan)
+    if pictures is None:
+        return {}
+    images, base_images, curve = pictures
+    asked = evaluation.labels(model, plan.protocol.n)
+    results = {
+        "name": plan.run,
+        "command": f"python -m sparsedm reproduce {plan.name}" + (f" --seed {plan.seed}" if plan.seed else ""),
+        "seed": plan.seed,
+        "scores": evaluation.score(images, asked, plan.recipe.data, base_images, plan.inception, plan.reference),
+        "curve": curve,
+        "protocol": asdict(plan.protocol),
+        **_facts(plan, model),
+        "commit": plan.commit,
+        "sources": _sources(plan),
+    }
+    write_json(plan.results, results)
     return results
+
+
+def _publish(plan: Plan, results: dict) -> None:
+    """Copy the results and some pictures into the package, and the model with its card if the recipe says so."""
+    write_json(RESULTS / f"{plan.run}.json", results)
+    _keep_pictures(plan.folder, plan.protocol, RESULTS / f"{plan.run}.png")
+    if plan.recipe.bundle and not plan.seed:
+        model = folders.load(plan.model)
+        folders.save(model, folders.ASSETS / plan.name, torch.float16, card=card(plan.name, results))
 
 
 def _load(source: str | Path) -> nn.Module:
@@ -130,24 +216,24 @@ def _save(model: nn.Module, folder: Path) -> None:
     processes.wait()
 
 
-def _sources(chosen: Recipe, out: Path, folder: Path, inception: str | None, vae: str | None, reference: str) -> dict[str, str]:
-    """Fingerprints of what is scored and compared with, as far as it is there and named."""
-    found = {}
-    if (folder / "model" / folders.CONFIG).exists():
-        found["model"] = fingerprint.of_model(folders.load(folder / "model"))
+def _sources(plan: Plan) -> dict[str, str]:
+    """Fingerprints of the models, weights and data that the scores rest on, as far as they are there and named."""
+    sources = {}
+    if (plan.model / folders.CONFIG).exists():
+        sources["model"] = fingerprint.of_model(folders.load(plan.model))
     with contextlib.suppress(ValueError):  # a finished run does not need its base
-        found["base"] = fingerprint.of_model(folders.load(_base(chosen, out)[0])) if chosen.base else ""
-    if inception:
-        found["inception"] = fingerprint.of_tensors({}, hashlib.sha256(Path(inception).read_bytes()).hexdigest())
-    if vae:
-        found["vae"] = fingerprint.of_model(AutoencoderKL.from_pretrained(vae))
-    if reference:
-        found["reference"] = fingerprint.of_tensors({}, reference)
-    return found
+        sources["base"] = fingerprint.of_model(folders.load(_base(plan.recipe, plan.out)[0])) if plan.recipe.base else ""
+    if plan.inception:
+        sources["inception"] = fingerprint.of_tensors({}, hashlib.sha256(Path(plan.inception).read_bytes()).hexdigest())
+    if plan.vae:
+        sources["vae"] = fingerprint.of_model(AutoencoderKL.from_pretrained(plan.vae))
+    if plan.reference:
+        sources["reference"] = fingerprint.of_tensors({}, plan.reference)
+    return sources
 
 
 def _finished(path: Path, protocol: Protocol, sources: dict) -> dict | None:
-    """The results, if they were written under this protocol, of these sources."""
+    """The stored results, if this protocol and these sources gave them."""
     results = read_json(path, "remove it, and the model is scored again") if path.exists() else {}
     if results.get("protocol") != asdict(protocol):
         return None
@@ -165,19 +251,27 @@ def _note_settings(folder: Path, settings: dict) -> None:
     write_json(path, settings)
 
 
-def _make(chosen: Recipe, out: Path, folder: Path, settings: dict, seed: int) -> Iterator[Progress]:
-    """Train the recipe's model (a generator that returns it, folded), saving it on the way where the recipe watches."""
-    model, teacher = yield from _start(chosen, out, seed)
-    if settings:
-        if 0 in chosen.watch:
-            _save(model, _at(folder, 0))
-        log, teacher = RunLog(folder / "log.jsonl"), teacher if chosen.distil else None
-        for state in distill.finetune(model, teacher, chosen.data, out=folder / "train", **settings):
-            if state.step in chosen.watch:
-                _save(state.ema_model(), _at(folder, state.step))
-            if processes.is_main() and (line := log.add(state)):
-                yield Progress("train", state.step, state.steps, f"loss {line['loss']:.4f}", settings["batch_size"])
-    return layers.fold(model)
+def _make(plan: Plan) -> Iterator[Progress]:
+    """Train the recipe's model and save it folded, unless it is there."""
+    if not processes.from_main((plan.model / folders.CONFIG).exists()):
+        model = yield from _train(plan)
+        _save(layers.fold(model), plan.model)
+
+
+def _train(plan: Plan) -> Iterator[Progress]:
+    """Train the recipe's model (a generator that returns the model), saving it on the way where the recipe watches."""
+    model, teacher = yield from _start(plan.recipe, plan.out, plan.seed)
+    if not plan.settings:
+        return model
+    if 0 in plan.recipe.watch:
+        _save(model, _at(plan.folder, 0))
+    log, teacher = RunLog(plan.folder / "log.jsonl"), teacher if plan.recipe.distil else None
+    for state in distill.finetune(model, teacher, plan.recipe.data, out=plan.folder / "train", **plan.settings):
+        if state.step in plan.recipe.watch:
+            _save(state.ema_model(), _at(plan.folder, state.step))
+        if processes.is_main() and (line := log.add(state)):
+            yield Progress("train", state.step, state.steps, f"loss {line['loss']:.4f}", plan.settings["batch_size"])
+    return model
 
 
 def _keep_pictures(folder: Path, protocol: Protocol, path: Path) -> None:
@@ -191,37 +285,50 @@ def _at(folder: Path, step: int) -> Path:
     return folder / f"step-{step}" / "model"
 
 
-def _pictures(
-    model: nn.Module, chosen: Recipe, protocol: Protocol, out: Path, folder: Path, settings: dict, vae: str | None
-) -> Iterator[Progress]:
-    """Sample what is to be scored.
+def _pictures(model: nn.Module, plan: Plan) -> Iterator[Progress]:
+    """Sample the pictures that are scored.
 
-    A generator that returns pictures, the base's, and scores of the models saved on the way; None in other processes than the
-    main one.
+    A generator that returns the model's pictures, the base's, and scores of the models saved on the way; None in other processes
+    than the main one.
     """
-    decoder = AutoencoderKL.from_pretrained(vae).to(model.device) if vae else None
-    told = {"dataset": chosen.data, "vae": decoder}
-    own, base, base_images, early = evaluation.sample(model, folder, protocol, **told), None, None, []
-    if chosen.base:  # its folder, too, is checked before anything is drawn
-        source, made_here = _base(chosen, out)
-        place = out / chosen.base if made_here else folder / "base"
-        base = evaluation.sample(_load(source), place, protocol, "sample the base", **told)
+    chosen, protocol, base_images = plan.recipe, plan.protocol, None
+    decoder = AutoencoderKL.from_pretrained(plan.vae).to(model.device) if plan.vae else None
+    options = {"dataset": chosen.data, "vae": decoder}
+    own = evaluation.sample(model, plan.folder, protocol, **options)
+    base = _base_pictures(plan, options)  # both folders are checked before anything is drawn
     images = yield from own
     if base:
         base_images = yield from base
-    for step in (step for step in chosen.watch if _at(folder, step).exists()):
-        few, watched = replace(protocol, n=WATCH_PICTURES), _load(_at(folder, step))
-        pictures = yield from evaluation.sample(watched, folder / f"step-{step}", few, f"sample step {step}", **told)
-        early.append((step, pictures))
+    early = yield from _early_pictures(plan, options)
     if not processes.is_main():
         return None
     yield Progress("score", 0, 1)
-    curve = [*early, (settings["steps"], images[:WATCH_PICTURES])] if early else []
-    return images, base_images, [{"step": step, **evaluation.score(some, None, chosen.data)} for step, some in curve]
+    curve = [*early, (plan.settings["steps"], images[:WATCH_PICTURES])] if early else []
+    scores = [{"step": step, **evaluation.score(few, None, chosen.data)} for step, few in curve]
+    return images, base_images, scores
+
+
+def _base_pictures(plan: Plan, options: dict) -> Iterator[Progress] | None:
+    """A generator that samples the base's pictures, into the base's own run if that was made here; None without a base."""
+    if not plan.recipe.base:
+        return None
+    source, made_here = _base(plan.recipe, plan.out)
+    folder = plan.out / plan.recipe.base if made_here else plan.folder / "base"
+    return evaluation.sample(_load(source), folder, plan.protocol, "sample the base", **options)
+
+
+def _early_pictures(plan: Plan, options: dict) -> Iterator[Progress]:
+    """Sample the models saved on the way (a generator that returns pairs of a step and its pictures)."""
+    protocol, early = replace(plan.protocol, n=WATCH_PICTURES), []
+    for step in (step for step in plan.recipe.watch if _at(plan.folder, step).exists()):
+        model, folder = _load(_at(plan.folder, step)), plan.folder / f"step-{step}"
+        pictures = yield from evaluation.sample(model, folder, protocol, f"sample step {step}", **options)
+        early.append((step, pictures))
+    return early
 
 
 def _base(chosen: Recipe, out: Path) -> tuple[str | Path, bool]:
-    """Where the base's model is, and whether it was made in `out` (else it is the bundled one)."""
+    """Where the base's model is, and whether this model was made in `out` (else the bundled one counts)."""
     made_here = out / chosen.base / "model"
     restore(made_here)
     if (made_here / folders.CONFIG).exists():
@@ -260,7 +367,7 @@ def _calibrated(model: nn.Module, chosen: Recipe, seed: int) -> Iterator[Progres
 
 
 def _pruned(model: nn.Module, chosen: Recipe, folder: Path, seed: int) -> Iterator[Progress]:
-    """The base without channels, by the recipe's score, or the same shape with fresh weights (a generator that returns it)."""
+    """The base without channels, by the recipe's score, or this shape with fresh weights (a generator that returns a model)."""
     options = dict(chosen.prune)
     threshold, reinit = options.pop("threshold", None), options.pop("reinit", False)
     if threshold is not None:
@@ -280,7 +387,7 @@ def _pruned(model: nn.Module, chosen: Recipe, folder: Path, seed: int) -> Iterat
 
 
 def _importance(model: nn.Module, dataset: str, threshold: float, seed: int, folder: Path) -> Iterator[Progress]:
-    """Give the model the gradients of Diff-Pruning's importance; kept in `folder` for other recipes of these weights."""
+    """Give the model the gradients of Diff-Pruning's importance; `folder` keeps them for other recipes of these weights."""
     path = folder / f"importance-{threshold:g}-{seed}-{fingerprint.of_model(model)}.safetensors"
     if processes.is_main() and not path.exists():
         pictures = data.load(dataset, n=IMPORTANCE_PICTURES, size=denoisers.picture_size(model))
@@ -297,7 +404,7 @@ def _importance(model: nn.Module, dataset: str, threshold: float, seed: int, fol
 
 
 def _check_pattern(model: nn.Module, chosen: Recipe) -> None:
-    """Refuse to score a student whose saved weights are not N:M in every layer that should be."""
+    """Raise ValueError if a layer of the saved student is not N:M that the recipe makes so."""
     if not chosen.pattern:
         return
     expected = {name for name, _ in layers.nm_layers(layers.sparsify(copy.deepcopy(model), chosen.pattern))}
@@ -306,18 +413,18 @@ def _check_pattern(model: nn.Module, chosen: Recipe) -> None:
             raise ValueError(f"{name} is not {chosen.pattern} in the saved model")
 
 
-def _facts(chosen: Recipe, model: nn.Module, folder: Path, settings: dict) -> dict:
-    """What there is to say about the model besides its scores."""
-    counts, log = macs.count(model), read(folder / "log.jsonl")
+def _facts(plan: Plan, model: nn.Module) -> dict:
+    """The facts on the model and its training that the results hold besides the scores."""
+    chosen, settings, counts, log = plan.recipe, plan.settings, macs.count(model), read(plan.folder / "log.jsonl")
     return {
         "title": chosen.title,
         "base": chosen.base,
         "pattern": chosen.pattern,
         "sparsify": chosen.sparsify,
         "prune": chosen.prune,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "nonzero_parameters": sum(int(p.count_nonzero()) for p in model.parameters()),
-        "bytes": (folder / "model" / folders.WEIGHTS).stat().st_size,
+        "parameters": sizes.parameters(model),
+        "nonzero_parameters": sizes.nonzero(model),
+        "bytes": (plan.model / folders.WEIGHTS).stat().st_size,
         "macs": {"dense": counts.dense, "sparse": counts.sparse, "executed": counts.executed, "attention": counts.attention},
         "train": settings,
         "train_images": settings["steps"] * settings["batch_size"] if settings else 0,

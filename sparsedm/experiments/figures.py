@@ -1,4 +1,4 @@
-"""The figures of the comparison, from the stored results and from the pictures that `reproduce` left in its folder."""
+"""The figures of the comparison, drawn from the stored results and the pictures in the folder of `reproduce`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +18,14 @@ def draw(base: str, folder: Path, runs: Path | None = None) -> Iterator[Path]:
     """Draw the figures of one teacher and its students into `folder` as PNG files, yielding their paths.
 
     Args:
-        runs: the folder that `reproduce` wrote; with it the consistency grid is drawn: every method from the same noise.
+        runs: the folder that `reproduce` wrote, for the consistency grid: the pictures of every method from the same noise.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = results.load("short", base)
-    found = {"macs": against_macs(rows), "latency": against_latency(rows), "training": over_training(rows)}
+    figures = {"macs": against_macs(rows), "latency": against_latency(rows), "training": over_training(rows)}
     if runs:
-        found["grid"] = plots.rows(pictures(base, runs))
-    for name, figure in found.items():
+        figures["grid"] = plots.rows(pictures(base, runs))
+    for name, figure in figures.items():
         path = folder / f"{base}-{name}.png"
         figure.savefig(path, dpi=150)
         yield path
@@ -57,11 +57,11 @@ def over_training(rows: list[Row]):
 
 def pictures(base: str, runs: Path) -> dict[str, torch.Tensor]:
     """The first pictures [n, C, H, W] of every method, in [-1, 1], all from the same noise, by method."""
-    found = {}
+    images = {}
     for row in results.load("short", base):
         if evaluation.samples_file(runs / row.name, row.recipe.protocol).exists():
-            found[row.recipe.method] = evaluation.sampled(runs / row.name, row.recipe.protocol, GRID)
-    return found
+            images[row.recipe.method] = evaluation.sampled(runs / row.name, row.recipe.protocol, GRID)
+    return images
 
 
 def _teacher(rows: list[Row]) -> Row:
@@ -69,6 +69,7 @@ def _teacher(rows: list[Row]) -> Row:
 
 
 def family(row: Row) -> str:
+    """The kind of sparsity, one of `plots.FAMILIES`."""
     if row.recipe.prune:
         return "pruned + N:M" if row.recipe.pattern else "pruned"
     return "N:M" if row.recipe.pattern else "dense"

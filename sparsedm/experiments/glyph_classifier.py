@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from .. import data
 from ..checkpoints import folders
+from ..measure import sizes
 from ..measure.evaluation import Progress
 from ..models.classifier import GlyphClassifier
 from ..support import processes
@@ -18,7 +19,10 @@ from .results import RESULTS, RESULTS_FILE
 
 
 def reproduce(folder: Path, bundle: bool) -> Iterator[Progress]:
-    """Train the glyph classifier and measure its accuracy on the test split: by the main process; returns the result."""
+    """Train the glyph classifier and measure its accuracy on the test split.
+
+    A generator that returns the result; {} in other processes than the main one.
+    """
     if not processes.is_main():
         return {}
     torch.manual_seed(0)
@@ -33,7 +37,7 @@ def reproduce(folder: Path, bundle: bool) -> Iterator[Progress]:
         accuracy = (torch.cat([model(x).argmax(1) for x in images.split(1000)]) == labels).float().mean().item()
     result = {
         "name": CLASSIFIER, "command": f"python -m sparsedm reproduce {CLASSIFIER}", "accuracy": accuracy, "n": len(images),
-        "parameters": sum(p.numel() for p in model.parameters()), "train": {"steps": steps, "batch_size": 128},
+        "parameters": sizes.parameters(model), "train": {"steps": steps, "batch_size": 128},
     }  # fmt: skip
     write_json(folder / RESULTS_FILE, result)
     if bundle:

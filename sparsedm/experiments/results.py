@@ -1,4 +1,4 @@
-"""What the experiments found: the stored results as tables and model cards."""
+"""The stored results of the experiments, as tables and model cards."""
 
 import functools
 import json
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ..checkpoints import folders
+from ..measure import cards
 from ..support import markdown
 from .recipes import RECIPES, Recipe, recipe, run_name
 
@@ -54,17 +55,17 @@ class Row:
 
     @property
     def speedup(self) -> float | None:
-        """How many times faster than the teacher its step was measured, as it runs fastest: packed, or with fewer channels."""
+        """How many times faster than the teacher's a step is, packed or with fewer channels; None if that was not measured."""
         return self._timed.get("speedup")
 
     @property
     def speedup_over_onednn(self) -> float | None:
-        """The same against the teacher converted to oneDNN, which is worth it where PyTorch's own linear layers are slow."""
+        """The speed-up over the teacher converted to oneDNN, which is faster where PyTorch's own linear layers are slow."""
         return self._timed.get("speedup_over_onednn")
 
     @property
     def speedup_best(self) -> float | None:
-        """The same with both models as they run fastest, converted to oneDNN or not: what counts at equal time."""
+        """The speed-up with both models as they run fastest, converted to oneDNN or not: what counts at equal time."""
         return self._timed.get("speedup_best")
 
     @property
@@ -78,7 +79,7 @@ class Row:
 
 
 def pictures(name: str) -> Image.Image | None:
-    """One picture of every character that the model of a stored run drew, in two rows; None if none were kept."""
+    """One picture of every character by the model of a stored run, in two rows; None if the package has no such picture."""
     path = RESULTS / f"{name}.png"
     return Image.open(path).convert("RGB") if path.exists() else None
 
@@ -92,12 +93,12 @@ def load(suite: str, base: str = "") -> list[Row]:
     if suite not in (*SUITES, "paper"):
         raise ValueError(f"unknown suite {suite!r}; known: {', '.join(SUITES)}, paper")
     rows = []
-    for name, found in RECIPES.items():
-        if found.suite == suite and base in ("", found.base or name):
-            paths = (RESULTS / f"{run_name(name, seed)}.json" for seed in range(found.seeds))
+    for name, known in RECIPES.items():
+        if known.suite == suite and base in ("", known.base or name):
+            paths = (RESULTS / f"{run_name(name, seed)}.json" for seed in range(known.seeds))
             runs = tuple(json.loads(path.read_text()) for path in paths if path.exists())
             if runs:
-                rows.append(Row(name, found, runs))
+                rows.append(Row(name, known, runs))
     protocols = {json.dumps({**run["protocol"], "seed": 0}) for row in rows for run in row.runs}
     if len(protocols) > 1:
         raise ValueError(f"{len(protocols)} protocols among the {suite} results in {RESULTS}; score them all under one")
@@ -118,15 +119,16 @@ def _timed_as(name: str) -> str:
 def timed_recipes() -> list[str]:
     """One recipe of the short suite for every width, and for every pattern that has kernels."""
     first = {}
-    for name, found in RECIPES.items():
-        if found.suite == "short" and (found.pattern.endswith(":4") or found.prune):
+    for name, known in RECIPES.items():
+        if known.suite == "short" and (known.pattern.endswith(":4") or known.prune):
             first.setdefault(_cost(name), name)
     return list(first.values())
 
 
 def _cost(name: str) -> tuple[str, str, float]:
-    found = recipe(name)
-    return found.base or name, found.pattern, found.prune.get("ratio", 0.0)
+    """The teacher, the pattern and the share of pruned channels: recipes that agree in all three take the same time."""
+    known = recipe(name)
+    return known.base or name, known.pattern, known.prune.get("ratio", 0.0)
 
 
 SUMMARY = ("teacher", "more", "2x4", "diffpruned")  # roles
@@ -181,7 +183,8 @@ def _ssim(row: Row) -> str:
 
 def teachers() -> tuple[str, ...]:
     """The recipes of the short suite that score the teachers themselves."""
-    return tuple(name for name, found in RECIPES.items() if found.suite == "short" and not (found.train or any(_cost(name)[1:])))
+    short = (name for name, known in RECIPES.items() if known.suite == "short" and not known.train)
+    return tuple(name for name in short if not any(_cost(name)[1:]))
 
 
 def bases() -> tuple[str, ...]:
@@ -190,7 +193,7 @@ def bases() -> tuple[str, ...]:
 
 
 def short_table(base: str) -> str:
-    """One teacher and all that was made of it in the short suite, as a Markdown table: most MACs first, then the best."""
+    """One teacher and its students of the short suite as a Markdown table: most MACs first, then the best."""
     rows = load("short", base)
     whole = next(row.macs for row in rows if row.name in teachers())
     rows.sort(key=lambda row: (row.name not in teachers(), -round(row.macs / whole, 1), row.fd))
@@ -212,10 +215,9 @@ def _short_row(row: Row, whole: int) -> tuple:
 
 def paper_bases() -> tuple[str, ...]:
     """The teachers of the papers' size that have stored results, or whose students have."""
-    found = {
-        RECIPES[name].base or name for name in RECIPES if RECIPES[name].suite == "paper" and (RESULTS / f"{name}.json").exists()
-    }
-    return tuple(name for name in RECIPES if name in found)
+    stored = (name for name in RECIPES if RECIPES[name].suite == "paper" and (RESULTS / f"{name}.json").exists())
+    bases = {RECIPES[name].base or name for name in stored}
+    return tuple(name for name in RECIPES if name in bases)
 
 
 def paper_table(base: str) -> str:
@@ -253,12 +255,12 @@ def _caption(result: dict) -> str:
 
 def card(name: str, result: dict) -> str:
     """The model card (Markdown) of a bundled checkpoint."""
-    chosen, scores = recipe(name), result["scores"]
+    chosen = recipe(name)
     lines = [
         f"# {name}", "", f"{chosen.title}. {_how(chosen, result['train'])}. Made by `{result['command']}`.", "",
-        f"- Weights: float16, {result['parameters']:,} parameters, {result['nonzero_parameters']:,} of them not zero.",
-        f"- MACs per picture and step: {result['macs']['dense']:,} dense, {result['macs']['sparse']:,} with zeros skipped.", "",
-        markdown.table(("score", "value"), [(k, f"{v:.4g}") for k, v in scores.items() if k != "n"]), "",
+        f"- Weights: float16, {cards.weights(result['parameters'], result['nonzero_parameters'])}.",
+        f"- {cards.macs(result['macs']['dense'], result['macs']['sparse'])}", "",
+        cards.scores({name: value for name, value in result["scores"].items() if name != "n"}), "",
         _caption(result), "",
         "Licence: MIT, as the package. It draws characters like those of the fonts that matplotlib ships.", "",
     ]  # fmt: skip

@@ -23,11 +23,11 @@ def measure_methods(
 ) -> Iterator[dict]:
     """Times of one sampling step of models made by recipes, in `runs`/name/model, against their teacher's; one row each.
 
-    N:M models run packed. Both sides run compiled, too, and the faster counts. Rows are those of `measure_steps`, where "packed"
-    stands for the recipe's model.
+    N:M models run packed. Every model also runs compiled, and the faster way counts. Rows are as from `measure_steps`, where
+    "packed" stands for the recipe's model.
 
     Raises:
-        ValueError: a model that is not there.
+        ValueError: the folder of a model is missing.
     """  # fmt: skip
     for name, dtype, count in itertools.product(names, dtypes, threads or (torch.get_num_threads(),)):
         folder = Path(runs, name, "model")

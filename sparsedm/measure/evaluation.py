@@ -1,6 +1,6 @@
 """Scoring a model by a protocol: sample its pictures, resuming where a killed run stopped, and compare them with others.
 
-Several processes share the pictures, batch by batch; they are the same for any number of processes.
+Several processes share the pictures, batch by batch; the pictures are the same for any number of processes.
 """
 
 import contextlib
@@ -31,7 +31,15 @@ _ORIGIN = {"model": "another model", "vae": "another autoencoder", "texts": "oth
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` in a stage, and a line to show; each of `total` stands for so many `pictures`."""
+    """How far a stage is.
+
+    Attributes:
+        stage: the stage's name.
+        done: finished units of work.
+        total: all units of work.
+        note: a line to show.
+        pictures: pictures that one unit of work stands for.
+    """
 
     stage: str
     done: int
@@ -45,12 +53,12 @@ def sample(
 ) -> Iterator[Progress]:
     """Sample the protocol's pictures, saving them every `CHUNK` in `folder`: in parts, at the end in one file.
 
-    A generator that returns them, uint8 [n, C, H, W], in the main process, and None in the others. Pictures that are there
-    already, of the same model, are taken up; those that do not say of which model they are, are drawn again with a warning.
+    A generator that returns the pictures, uint8 [n, C, H, W], in the main process, and None in the others. Pictures of the same
+    model that are there already are kept; pictures that do not say which model drew them are drawn again with a warning.
 
     Args:
-        dataset: the data set whose first texts are asked for, for models that take text.
-        vae: what decodes the latents that the model makes.
+        dataset: the data set whose first texts condition the pictures of models that take text.
+        vae: the autoencoder that decodes the latents of a latent model.
 
     Raises:
         ValueError: `folder` holds pictures of another model, autoencoder or texts, or damaged ones; raised at the call.
@@ -68,13 +76,13 @@ def _sample(model, path, protocol, stage, texts, vae, settings, parts) -> Iterat
     at_once = processes.state().num_processes
     between_saves = max(-(-CHUNK // protocol.batch_size), at_once)
     for first in range(0, len(batches), between_saves):
-        made = {}
+        drawn = {}
         for start in processes.share(batches[first : first + between_saves]):
             end = min(start + protocol.batch_size, protocol.n)
             batch = _draw(model, protocol, start, end, asked(start, end))
-            made[start] = data.to_uint8(batch if vae is None else latents.decode(vae, batch)).cpu()
+            drawn[start] = data.to_uint8(batch if vae is None else latents.decode(vae, batch)).cpu()
             yield Progress(stage, min(end + (at_once - 1) * protocol.batch_size, protocol.n), protocol.n, pictures=1)
-        if collected := processes.collect(made):
+        if collected := processes.collect(drawn):
             parts.append(torch.cat(list(collected.values())))
             _save(parts[-1], _parts(path) / f"{batches[first]:08d}.safetensors", settings)
     if not processes.is_main():
@@ -96,26 +104,26 @@ def _draw(model: nn.Module, protocol: Protocol, start: int, end: int, asked: dic
 
 
 def _texts(model: nn.Module, dataset: str) -> latents.Latents | None:
-    """The data set whose texts the model is asked for, if the model takes text."""
+    """The data set whose texts condition the model; None if the model takes no text."""
     if denoisers.null_label(model) is not None or not dataset.startswith("latents:"):
         return None
-    found = data.load(dataset)
-    return found if isinstance(found[0][1], dict) else None
+    texts = data.load(dataset)
+    return texts if isinstance(texts[0][1], dict) else None
 
 
 def _origin(model: nn.Module, vae: AutoencoderKL | None, texts: latents.Latents | None) -> dict[str, str]:
-    """What makes the pictures, beside the protocol: fingerprints by the keys of `_ORIGIN`."""
-    found = {"model": fingerprint.of_model(model)}
+    """Fingerprints of the model, autoencoder and texts that make the pictures, by the keys of `_ORIGIN`."""
+    origin = {"model": fingerprint.of_model(model)}
     if vae is not None:
-        found["vae"] = fingerprint.of_model(vae)
-    if texts is not None:  # their number, the first, the last and the empty one
+        origin["vae"] = fingerprint.of_model(vae)
+    if texts is not None:  # their number, the first, the last and the empty text
         some = {f"{i}.{k}": v for i in (0, len(texts) - 1) for k, v in texts[i][1].items()}
-        found["texts"] = fingerprint.of_tensors(some | texts.null, str(len(texts)))
-    return found
+        origin["texts"] = fingerprint.of_tensors(some | texts.null, str(len(texts)))
+    return origin
 
 
 def _asked(model: nn.Module, n: int, texts: latents.Latents | None) -> Callable[[int, int], dict]:
-    """What conditions the pictures from one number to another, as arguments of `diffusion.generate`."""
+    """A function from two picture numbers to the conditions in between, as arguments of `diffusion.generate`."""
     classes = labels(model, n)
     if classes is not None:
         return lambda start, end: {"class_labels": classes[start:end]}
@@ -147,7 +155,7 @@ def sampled(folder: Path, protocol: Protocol, n: int) -> torch.Tensor:
 
 
 def _parts(path: Path) -> Path:
-    """The folder of what is sampled and not in the file `path` yet; each part is named by the number of its first picture."""
+    """The folder of sampled pictures that are not in the file `path` yet; a part's name is the number of its first picture."""
     return path.with_suffix(".parts")
 
 
@@ -157,19 +165,19 @@ def _save(images: torch.Tensor, path: Path, settings: dict[str, str]) -> None:
 
 
 def _saved(path: Path, settings: dict[str, str]) -> list[torch.Tensor]:
-    """Pictures of an earlier run of the same model under the same protocol: those in the file, and the parts that follow them."""
+    """Pictures of an earlier run of the same model under the same protocol: from the file, and from the parts that follow it."""
     kept = []
     for source in ([path] if path.exists() else []) + sorted(_parts(path).glob("*.safetensors")):
         begins = 0 if source == path else int(source.stem)
         with _opened(source) as file:
-            found, place = file.metadata() or {}, path if source == path else source.parent
-            if "model" not in found:
+            stored, place = file.metadata() or {}, path if source == path else source.parent
+            if "model" not in stored:
                 warnings.warn(f"{place} does not say which model drew its pictures; they are drawn again", stacklevel=3)
                 continue
             for key, other in _ORIGIN.items():
-                if found.get(key) != settings.get(key):
+                if stored.get(key) != settings.get(key):
                     raise ValueError(f"{path.parent} holds pictures of {other}; choose another folder, or remove {place}")
-            if begins == sum(map(len, kept)) and found == settings:
+            if begins == sum(map(len, kept)) and stored == settings:
                 kept.append(file.get_tensor("images"))
     return kept
 
@@ -184,13 +192,13 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def labels(model: nn.Module, n: int) -> torch.Tensor | None:
-    """The classes [n] that are asked for, all in turn; None for an unconditional model."""
+    """The classes [n] to draw, all in turn; None for an unconditional model."""
     null = denoisers.null_label(model)
     return None if null is None else torch.arange(n) % null
 
 
 def check(n: int, dataset: str, inception: str | None = None, reference: str = "") -> None:
-    """What `score` needs besides n pictures, for before they are drawn.
+    """Check, before pictures are drawn, that `score` can score n of them.
 
     Raises:
         ValueError: too few pictures, or Inception's weights that cannot be used.
@@ -223,10 +231,10 @@ def check_model(model: nn.Module, dataset: str, base: str, inception: str | None
 
 
 def check_base(model: nn.Module, base: nn.Module) -> None:
-    """Raise ValueError if the pictures of `base` cannot be compared with the model's: for before they are drawn."""
-    made, expected = (list(denoisers.of(each).shape(each)) for each in (base, model))
-    if made != expected:
-        raise ValueError(f"the base makes pictures of shape {made}, the model of {expected}; take a base of the same shape")
+    """Raise ValueError if the pictures of `base` cannot be compared with the model's: to call before drawing."""
+    shape, expected = (list(denoisers.of(each).shape(each)) for each in (base, model))
+    if shape != expected:
+        raise ValueError(f"the base makes pictures of shape {shape}, the model of {expected}; take a base of the same shape")
 
 
 def score(
@@ -239,12 +247,14 @@ def score(
 ) -> dict[str, float]:
     """Scores of pictures uint8 [n, C, H, W] of the classes `asked` [n].
 
-    Fréchet distance, kernel distance, precision and recall: for glyphs against as many of the test split, on the glyph
-    classifier's features; otherwise against the training set, on Inception's, and only if its weights are at hand.
+    Fréchet distance, kernel distance, precision and recall compare sets of pictures. Glyphs are compared with as many glyphs of
+    the test split, on the glyph classifier's features; other pictures with the training set, on Inception's features, if its
+    weights are at hand.
 
     Args:
-        base: the teacher's pictures from the same noise; with them, "ssim_to_base".
-        inception: path of torch-fidelity's Inception weights; reference: a data set to compare with instead of the training set.
+        base: the teacher's pictures from the same noise, for the score "ssim_to_base".
+        inception: path of torch-fidelity's Inception weights.
+        reference: name of a data set to compare with instead of the training set.
     """
     glyphs = dataset.startswith("glyphs")
     scores = {"n": len(images)}

@@ -1,4 +1,4 @@
-"""Fingerprints of models and tensors: what was measured on one model is not taken for another's."""
+"""Fingerprints of models and tensors, so that nobody takes one model's scores for another's."""
 
 import hashlib
 import json

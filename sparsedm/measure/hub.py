@@ -1,4 +1,4 @@
-"""Model folders on the Hugging Face hub: pushed with a card that says what they are, pulled as folders for `sparsedm.load`."""
+"""Model folders on the Hugging Face hub: pushed with a model card, pulled for `sparsedm.load`."""
 
 import copy
 import platform
@@ -15,9 +15,8 @@ from ..checkpoints import folders
 from ..masking import layers
 from ..models.denoisers import example_inputs
 from ..packing.packed import pack
-from ..support import markdown
 from ..support.latency import interleaved
-from . import macs
+from . import cards, macs, sizes
 
 _FILES = [folders.CONFIG, folders.WEIGHTS, folders.INDEX, folders.SHARDS, folders.PACKED, "README.md"]
 
@@ -38,9 +37,14 @@ def push(
     """Save the model, folded or `packed`, with a card, and upload the folder to the repository "user/name"; returns its URL.
 
     Args:
-        scores, recipe, note: for the card: measured values by name, settings by name, and what else there is to say.
-        latency: measure one sampling step on this machine for the card.
-        token: by default that of `hf auth login`.
+        packed: save the weights without their zeros.
+        dtype: of the saved weights.
+        scores: measured values by name, for the card.
+        recipe: settings of the training by name, for the card.
+        latency: measure one sampling step on this machine, for the card.
+        note: further text for the card.
+        private: make a private repository.
+        token: of the hub, by default the token of `hf auth login`.
 
     Raises:
         huggingface_hub.errors.HfHubHTTPError: the hub refused.
@@ -63,16 +67,16 @@ def pull(repo: str, *, revision: str | None = None, token: str | None = None) ->
 
 
 def step_time(model: ModelMixin, batch: int = 4, rounds: int = 15) -> str:
-    """In words: milliseconds of one call for so many pictures, dense and packed, measured on this machine."""
+    """The milliseconds of one call for `batch` pictures, dense and packed, measured on this machine, in a sentence."""
     inputs, variants = example_inputs(model, batch), {"dense": model}
     if layers.patterns(model):
         variants["packed"] = pack(copy.deepcopy(model), batch=batch)
-    calls = {name: lambda each=each: each(**inputs) for name, each in variants.items()}
+    calls = {name: lambda variant=variant: variant(**inputs) for name, variant in variants.items()}
     with torch.no_grad():
         times = interleaved(calls, rounds=rounds)
-    found = ", ".join(f"{time.median * 1e3:.2f} ms {name}" for name, time in times.items())
+    steps = ", ".join(f"{time.median * 1e3:.2f} ms {name}" for name, time in times.items())
     return (
-        f"One step of {batch} pictures: {found} ({model.device.type}, {platform.machine()}, {torch.get_num_threads()} threads)."
+        f"One step of {batch} pictures: {steps} ({model.device.type}, {platform.machine()}, {torch.get_num_threads()} threads)."
     )
 
 
@@ -85,27 +89,29 @@ def card(
     recipe: Mapping[str, object] | None = None,
     time: str = "",
 ) -> str:
-    """A model card (Markdown with the hub's header)."""
-    counts, found = macs.count(model), Counter(map(str, layers.patterns(model).values()))
-    parameters = sum(p.numel() for p in model.parameters())
-    nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
-    patterns = ", ".join(f"{count} layers {pattern}" for pattern, count in found.most_common()) or "dense"
+    """A model card (Markdown with the hub's header).
+
+    Args:
+        scores: measured values by name.
+        note: further text.
+        size: bytes of the saved weights.
+        recipe: settings of the training by name.
+        time: the sentence of `step_time`.
+    """
+    counts, patterns = macs.count(model), Counter(map(str, layers.patterns(model).values()))
+    kinds = ", ".join(f"{count} layers {pattern}" for pattern, count in patterns.most_common()) or "dense"
+    weights = cards.weights(sizes.parameters(model), sizes.nonzero(model))
     pruned = ", channels pruned" if getattr(model.config, "pruning", None) else ""
-    table = [markdown.table(("score", "value"), [(name, _cell(value)) for name, value in (scores or {}).items()]), ""]
     lines = [
         "---", "library_name: diffusers", "tags: [sparsedm, diffusion, sparse]", "---", "", f"# {repo.split('/')[-1]}", "",
         *([note, ""] if note else []),
-        f"- {type(model).__name__}: {patterns}{pruned}; the zeros were verified.",
-        f"- {parameters:,} parameters, {nonzero:,} of them not zero" + (f"; {size:,} bytes." if size else "."),
-        f"- MACs per picture and step: {counts.dense:,} dense, {counts.sparse:,} with zeros skipped.",
+        f"- {type(model).__name__}: {kinds}{pruned}; the zeros were verified.",
+        f"- {weights}" + (f"; {size:,} bytes." if size else "."),
+        f"- {cards.macs(counts.dense, counts.sparse)}",
         *([f"- {time}"] if time else []),
         *([f"- Made with {', '.join(f'{name} {value}' for name, value in recipe.items())}."] if recipe else []), "",
-        *(table if scores else []),
+        *([cards.scores(scores), ""] if scores else []),
         "```python", "import sparsedm", "from sparsedm import hub", "", f'model = sparsedm.load(hub.pull("{repo}"))',
         "fast = sparsedm.pack(model)", "```", "",
     ]  # fmt: skip
     return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Multiply-accumulate counts: dense, theoretical sparse, and what the present backend really executes.
+"""Multiply-accumulate counts: dense, theoretical sparse, and the multiplications that the present backend executes.
 
 One dry run (`models.dryrun`) finds how often each layer runs, and torch's `FlopCounterMode` counts all products. Convolutions,
 linear layers and attention products count; norms, activations and biases do not (the papers' and the counter's convention,
@@ -20,7 +20,14 @@ from ..packing.packed import is_packed
 
 @dataclass(frozen=True)
 class LayerMacs:
-    """One layer, per image: dense MACs, the pattern its weights satisfy, and the share its kernel executes."""
+    """The MACs of one layer per image.
+
+    Attributes:
+        name: the module's name.
+        dense: MACs with all weights.
+        pattern: the N:M pattern that the weights satisfy; None for a dense layer.
+        executed_share: share (0 to 1) of the dense MACs that the layer's kernel executes.
+    """
 
     name: str
     dense: int
@@ -34,7 +41,7 @@ class LayerMacs:
 
     @property
     def executed(self) -> int:
-        """MACs that the kernel in use does: dense kernels multiply the zeros too."""
+        """MACs that the kernel in use executes: dense kernels multiply the zeros, too."""
         return round(self.dense * self.executed_share)
 
 
@@ -42,8 +49,10 @@ class LayerMacs:
 class Macs:
     """MACs of one model call per image.
 
-    `attention` is the part of the totals outside of the layers: attention products, and weights that no layer's forward uses
-    (UNet1DModel's fixed resampling kernels).
+    Attributes:
+        layers: the linear layers and convolutions.
+        attention: MACs outside of the layers: attention products, and weights that no layer's forward uses (UNet1DModel's fixed
+            resampling kernels).
     """
 
     layers: tuple[LayerMacs, ...]
@@ -83,8 +92,8 @@ def count(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) ->
     counter, modules = FlopCounterMode(display=False), dict(model.named_modules())
     with sdpa_kernel(SDPBackend.MATH):
         positions = dryrun.positions(model, inputs, counter)
-    found = layers.patterns(model) | {n: m.pattern for n, m in modules.items() if is_packed(m)}
-    counted = tuple(_layer(name, modules[name], n, found.get(name)) for name, n in positions.items())
+    patterns = layers.patterns(model) | {n: m.pattern for n, m in modules.items() if is_packed(m)}
+    counted = tuple(_layer(name, modules[name], n, patterns.get(name)) for name, n in positions.items())
     plain = sum(layer.dense for layer in counted if not is_packed(modules[layer.name]))  # the counter sees no packed kernels
     return Macs(counted, counter.get_total_flops() // 2 - plain)
 

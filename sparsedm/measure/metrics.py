@@ -69,7 +69,7 @@ class _GlyphFeatures(FeatureExtractorBase):
 
 
 class _Inception(FeatureExtractorInceptionV3):
-    """torch-fidelity's Inception, its weights read as tensors only: torch-fidelity itself would run what is pickled with them."""
+    """torch-fidelity's Inception, its weights read as tensors alone: torch-fidelity itself would run code pickled with them."""
 
     def __init__(self, name, features_list, feature_extractor_weights_path, **kwargs):
         state, weights = statedict.read(feature_extractor_weights_path), io.BytesIO()
@@ -112,8 +112,8 @@ def frechet(images: torch.Tensor, reference: torch.Tensor | Dataset, weights: st
     """Distances between two sets of pictures, uint8 [n, C, H, W].
 
     Args:
-        reference: may also be a data set of `data.load`, which is read picture by picture.
-        weights: path of torch-fidelity's Inception weights; without it the glyph classifier's features are used.
+        reference: pictures, or a data set of `data.load`, which is read picture by picture.
+        weights: path of torch-fidelity's Inception weights; by default the glyph classifier gives the features.
 
     Returns:
         "fid" and "kid" with Inception, "fd_glyph" and "kd_glyph" with the classifier; "precision" and "recall" (of the
@@ -121,7 +121,8 @@ def frechet(images: torch.Tensor, reference: torch.Tensor | Dataset, weights: st
 
     Raises:
         TooFewSamples: fewer than 2,048 pictures on either side.
-        OSError, ValueError: `weights` cannot be read as tensors, or are not Inception's.
+        OSError: the file of `weights` cannot be read.
+        ValueError: `weights` are no tensors, or not Inception's.
     """
     n = min(len(images), len(reference))
     require("a Fréchet distance", n, MIN_SAMPLES["fd"])

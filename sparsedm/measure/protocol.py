@@ -12,7 +12,14 @@ from ..support.fields import Count, NonNegative, Seed
 class Protocol:
     """How a model is scored: `n` pictures, classes in turn, against `n` of the test split.
 
-    `precision` "bf16" runs the model under autocast, several times faster on CPUs that have the instructions; "fp32" does not.
+    Attributes:
+        n: pictures.
+        sampler: one of `diffusion.SAMPLERS`.
+        steps: sampling steps.
+        guidance: scale of classifier-free guidance; 0 is none.
+        seed: of the pictures' noise.
+        batch_size: pictures drawn at a time.
+        precision: "bf16" runs the model under autocast, several times faster on CPUs with the instructions; "fp32" does not.
     """
 
     n: Count = 10_000

@@ -1,4 +1,4 @@
-"""What became of each layer: a table for people."""
+"""The state of every layer of a model, as a table for people."""
 
 import html
 from dataclasses import dataclass
@@ -15,10 +15,15 @@ from . import macs as macs_module
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer: its state is "sparse-training", "folded", "packed" or "dense"; `note` says why it is dense or not packed, or
-    how long it takes packed and dense.
+    """One layer.
 
-    `mac_share` is the layer's share (0 to 1) of the model's dense MACs; None if they could not be counted.
+    Attributes:
+        name: the module's name.
+        shape: of the weight.
+        pattern: N:M; "" for a dense layer.
+        state: "sparse-training", "folded", "packed" or "dense".
+        mac_share: the layer's share (0 to 1) of the model's dense MACs; None if the MACs could not be counted.
+        note: why the layer is dense or not packed, or how long it takes packed and dense.
     """
 
     name: str
@@ -31,7 +36,14 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of all linear and convolution layers; prints as a table, in notebooks as HTML."""
+    """The layers of a model; prints as a table, in notebooks as HTML.
+
+    Attributes:
+        rows: all linear and convolution layers.
+        dense_macs: MACs per image with all weights; None if they could not be counted.
+        sparse_macs: MACs per image without the zeros, or None.
+        executed_macs: MACs per image that the kernels in use execute, or None.
+    """
 
     rows: tuple[LayerRow, ...]
     dense_macs: int | None
@@ -73,8 +85,11 @@ class Report:
 def report(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> Report:
     """The state of every linear and convolution layer of `model`.
 
-    Folded layers are found by their weights, which are verified to be N:M. `inputs` are those of one call with batch size
-    1, needed for MACs of models whose config does not tell them, and to see which layers that call leaves out.
+    Folded layers are recognised by their weights, which are verified to be N:M.
+
+    Args:
+        inputs: keyword arguments of one call with batch size 1. Models whose config does not tell the input's shape need them
+            for the MACs, and to see which layers a call leaves out.
     """
     counts = None
     try:
@@ -83,11 +98,11 @@ def report(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> R
         if inputs is not None:
             raise
     shown = [(n, m) for n, m in model.named_modules() if isinstance(m, WEIGHTED) or is_packed(m)]
-    found = patterns(model) | {name: module.pattern for name, module in shown if is_packed(module)}
-    pattern = next(iter(found.values()), None)  # what the dense layers could have had
+    known = patterns(model) | {name: module.pattern for name, module in shown if is_packed(module)}
+    pattern = next(iter(known.values()), None)  # what the dense layers could have had
     excluded, unused = default_rule(model), never_called(model)
     notes = {name: NEVER_CALLED if name in unused else _note(excluded, name, module, pattern) for name, module in shown}
-    rows = tuple(_row(name, module, found.get(name), counts, notes[name], name in unused) for name, module in shown)
+    rows = tuple(_row(name, module, known.get(name), counts, notes[name], name in unused) for name, module in shown)
     return Report(rows, counts and counts.dense, counts and counts.sparse, counts and counts.executed)
 
 
@@ -104,7 +119,7 @@ def _row(
 
 
 def _note(excluded: Rule, name: str, module: nn.Module, pattern: nm.NMPattern | None) -> str:
-    """Why a layer is dense or not packed, what its mask had to do without, as noted then or by the rules."""
+    """Why a layer is dense or not packed, or what its mask had to do without: as noted on the layer, or by the rules."""
     if is_packed(module):
         return str(module.times or "")
     noted = getattr(module, "dense_reason", "") or getattr(module, "mask_note", "")

@@ -1,4 +1,4 @@
-"""Where the time of a sampling step goes, by kind of layer: what packing can speed up, and what it cannot."""
+"""Where the time of a sampling step goes, by kind of layer: packing speeds up one kind alone."""
 
 import itertools
 import statistics
@@ -26,7 +26,7 @@ def measure(
 ) -> Iterator[dict]:
     """Shares (0 to 1) of the eager time of a packed model's step, one row per model, dtype and number of threads.
 
-    "rest" is what no layer of its own computes: attention's products, additions, reshapes, and the framework.
+    "rest" is the time outside of these layers: attention's products, additions, reshapes, and the framework.
     """  # fmt: skip
     for name, dtype, count in itertools.product(models, dtypes, threads or all_threads()[-1:]):
         with with_threads(count), torch.no_grad():
@@ -73,7 +73,7 @@ HEAD = ("", "dtype", "threads", "ms", *KINDS)
 
 
 def words(result: Mapping) -> str:
-    """The outcome as a Markdown table."""
+    """The rows of a result as a Markdown table."""
     return markdown.table(HEAD, map(_cells, result["rows"]))
 
 

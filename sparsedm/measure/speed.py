@@ -1,8 +1,8 @@
 """Dense against packed on this machine, layer by layer and whole sampling steps, as ratios of interleaved runs.
 
-Both sides run as they run fastest: eager, channels-last or compiled. Models without packed layers, dense or pruned, run a
-further way, converted to oneDNN by `torch.utils.mkldnn.to_mkldnn`: few do it, but on CPUs that MKL serves badly its linear layers
-are twice as fast as PyTorch's own.
+Every model counts as it runs fastest: eager, channels-last or compiled. Models without packed layers, dense or pruned, also run
+converted to oneDNN by `torch.utils.mkldnn.to_mkldnn`. Few people convert models so, but on CPUs that MKL serves badly oneDNN's
+linear layers are twice as fast as PyTorch's own.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from ..masking import layers, nm
 from ..models import dryrun, papers
 from ..packing import packed
 from ..support import latency, markdown
-from . import macs
+from . import macs, sizes
 
-# Those of U-ViT-S/2 (1,028 tokens: four CIFAR-10 pictures) and of UNets with four pictures. Linear layers are (in, out),
+# Layers of U-ViT-S/2 (1,028 tokens: four CIFAR-10 pictures) and of UNets with four pictures. Linear layers are (in, out),
 # convolutions (in, out, kernel size, height and width of the maps).
 LINEAR = ((512, 2048), (2048, 512), (512, 1536))
 CONVOLUTION = ((128, 128, 3, 32), (256, 256, 3, 16), (256, 256, 3, 8), (256, 256, 1, 16))
@@ -31,7 +31,7 @@ TOKENS, IMAGES = 1028, 4
 
 
 def machine(device: str | torch.device = "cpu") -> dict:
-    """What the times depend on."""
+    """The processor, the threads and the version of torch, on which times depend."""
     gpu = {"gpu": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {}
     return {"machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
             "threads": torch.get_num_threads(), **gpu}  # fmt: skip
@@ -51,9 +51,9 @@ def measure_layers(
     tokens: int = TOKENS,
     device: str | torch.device = "cpu",
 ) -> Iterator[dict]:
-    """Times of single 2:4 layers with random weights, one row each; `tokens` are those of the linear ones.
+    """Times of single 2:4 layers with random weights, one row each; linear layers get `tokens` tokens.
 
-    On GPUs, for which torch has few sparse kernels, layers that none of them serves are left out.
+    torch has few sparse kernels for GPUs: layers that no kernel serves are left out there.
 
     Raises:
         ValueError: no kernel serves a layer on this CPU (`kernels.why_not` says so beforehand).
@@ -132,7 +132,7 @@ def compare(what: str, models: Mapping[str, nn.Module], batch: int, compiled: bo
             variants[str(Variant(name, "compiled"))] = torch.compile(model)
     row = _row(variants, lambda model: model(**inputs), rounds)
     skipped = 1 - macs.count(fast).executed / macs.count(dense).dense
-    return {"what": what, **row, "macs_skipped": skipped, "weight_bytes": _bytes(fast) / _bytes(dense)}
+    return {"what": what, **row, "macs_skipped": skipped, "weight_bytes": sizes.memory(fast) / sizes.memory(dense)}
 
 
 def _pruned(name: str, dtype: torch.dtype, device: str | torch.device) -> dict[str, nn.Module]:
@@ -142,7 +142,10 @@ def _pruned(name: str, dtype: torch.dtype, device: str | torch.device) -> dict[s
 
 
 def pair(name: str, dtype: torch.dtype, batch: int, device: str | torch.device = "cpu") -> tuple[nn.Module, nn.Module]:
-    """A bundled or a paper's model or a model folder, dense and packed: as its N:M student, as it is, or masked 2:4."""
+    """A model and its packed counterpart: the bundled 2:4 student, the model itself if it is N:M, or the model masked 2:4.
+
+    `name` is a bundled model, a paper's configuration (with fresh weights) or a model folder.
+    """
     dense = cast(papers.build(name) if name in papers.PAPER_MODELS else folders.load(name), dtype, device)
     sparse = cast(folders.load(f"{name}-2x4"), dtype, device) if f"{name}-2x4" in folders.bundled() else copy.deepcopy(dense)
     if not layers.patterns(sparse):
@@ -156,7 +159,7 @@ def cast(model: nn.Module, dtype: torch.dtype, device: str | torch.device) -> nn
 
 
 def randomised(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Numbers instead of zeros, whose products some processors compute faster."""
+    """Random numbers in place of zeros, because some processors multiply zeros faster."""
     return {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
@@ -183,7 +186,7 @@ ONEDNN = str(Variant("dense", "oneDNN"))
 
 
 def _onednn(name: str, model: nn.Module, call: Callable[[nn.Module], object]) -> dict[str, nn.Module]:
-    """The model converted to oneDNN, if it runs so."""
+    """The model converted to oneDNN, by its variant's name; {} if the converted model does not run."""
     first = next(model.parameters())
     if first.device.type != "cpu":
         return {}
@@ -195,7 +198,7 @@ def _onednn(name: str, model: nn.Module, call: Callable[[nn.Module], object]) ->
 
 
 def _formats(name: str, model: nn.Module) -> dict[str, nn.Module]:
-    """The model, and where it has convolutions to gain from it, the same in channels-last format."""
+    """The model, and if it has convolutions larger than 1x1, a copy in channels-last format."""
     if not any(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in model.modules()):
         return {name: model}
     return {name: model, str(Variant(name, "channels last")): copy.deepcopy(model).to(memory_format=torch.channels_last)}
@@ -204,8 +207,8 @@ def _formats(name: str, model: nn.Module) -> dict[str, nn.Module]:
 def _row(variants: Mapping[str, nn.Module], call, rounds: int) -> dict:
     """Milliseconds (median and quartiles) of every variant, and how much faster the fastest packed one is (median of rounds).
 
-    `speedup` is over the fastest dense variant that is not converted to oneDNN, `speedup_over_onednn` over that which is;
-    `speedup_best` has both sides as they run fastest, converted or not.
+    `speedup` is over the fastest dense variant that is not converted to oneDNN, `speedup_over_onednn` over the converted one.
+    `speedup_best` compares the fastest variants of both, converted or not.
     """
     with torch.no_grad():
         timings = latency.interleaved({name: lambda m=model: call(m) for name, model in variants.items()}, rounds=rounds)
@@ -230,13 +233,9 @@ def _fastest(timings: Mapping[str, latency.Timing], kind: str, converted: bool =
     return min(names, key=lambda name: timings[name].median, default=None)
 
 
-def _bytes(model: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-
-
 @contextlib.contextmanager
 def with_threads(count: int) -> Iterator[None]:
-    """So many threads within the block."""
+    """`count` threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -251,7 +250,7 @@ PRUNED_HEAD = ("pruned ms", "speed-up")
 
 
 def words(result: Mapping) -> str:
-    """The outcome as a Markdown table."""
+    """The rows of a result as a Markdown table."""
     rows = result["rows"]
     methods, pruned = (any(row.get(key) for row in rows) for key in ("name", "fastest_pruned"))
     head = (*HEAD, *(METHODS_HEAD if methods else ()), *(PRUNED_HEAD if pruned else ()))

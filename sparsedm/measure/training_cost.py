@@ -1,4 +1,4 @@
-"""What masks cost in training, as ratios of interleaved runs (`python -m sparsedm bench`)."""
+"""The cost of masks in training, as ratios of interleaved runs (`python -m sparsedm bench`)."""
 
 import copy
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def _threads(result: dict) -> str:
 
 
 def train_step_words(result: dict) -> str:
-    """The outcome of `train_step` in a sentence."""
+    """The result of `train_step` in a sentence."""
     parts = [f"{value['sparse_over_dense']:.2f} ({name})" for name, value in result.items() if isinstance(value, dict)]
     return (
         f"Masks cost little in training: a sparse step takes {' and '.join(parts)} times as long as a dense one"

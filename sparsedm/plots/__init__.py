@@ -1,4 +1,4 @@
-"""Every picture and figure that notebooks, app and README show."""
+"""All pictures and figures that notebooks, app and README show."""
 
 from .base import INK, PAPER, PRUNED, PRUNED_INK, SPARSE_INK
 from .charts import bars, curves, lines, live, matrix, ratios

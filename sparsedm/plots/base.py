@@ -4,9 +4,9 @@ INK, SPARSE_INK, PRUNED_INK, PAPER, PRUNED = "#1f3a93", "#b4491f", "#2e7d4f", "#
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    """A matplotlib figure of so many inches and its axes (an array if there are several rows or columns, as in `subplots`).
+    """A matplotlib figure, `width` by `height` inches, and its axes (an array for several rows or columns, as in `subplots`).
 
-    pyplot forgets it at once: a notebook would show it twice, and an app would keep them all.
+    pyplot forgets the figure at once: a notebook would show it twice, and an app would keep all figures.
     """
     import matplotlib.pyplot as plt
 
@@ -16,13 +16,13 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **optio
 
 
 def open_frame(*axes) -> None:
-    """Take away the frame's upper and right sides."""
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
+    """Hide the upper and right sides of the frame of each of `axes`."""
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
 
 
 def plain_numbers(axes) -> None:
-    """A logarithmic y axis with numbers such as 3 instead of powers of ten."""
+    """Label the logarithmic y axis with numbers such as 3 instead of powers of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

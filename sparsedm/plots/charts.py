@@ -136,7 +136,7 @@ def bars(
 def ratios(tables: Mapping[str, Sequence[Sequence[float]]], rows: Sequence, columns: Sequence, *, ylabel: str, xlabel: str):
     """A matplotlib figure of tables [rows, columns] of ratios side by side, on one scale of colours around 1, which is white.
 
-    The colours end at 2, so that one wild number does not take them from the others.
+    The colours end at 2, so that one large ratio does not make the others pale.
     """
     plot, axes = figure(1 + (0.5 + 0.62 * len(columns)) * len(tables), 1.3 + 0.42 * len(rows), 1, len(tables), squeeze=False)
     for ax, (name, table) in zip(axes[0], tables.items(), strict=True):

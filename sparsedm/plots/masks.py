@@ -10,8 +10,8 @@ from .base import PRUNED, SPARSE_INK, figure, open_frame
 def groups(weight: torch.Tensor, pattern: nm.NMPattern | str, *, rows: int = 8, columns: int = 16):
     """A matplotlib figure of a weight [out, in, ...] and its magnitude mask: pruned entries are pale, lines part the groups.
 
-    Rows are the first output features of a linear weight; of a convolution the kernel positions of its first output, for the
-    groups run along the input channels of each.
+    Rows are the first output features of a linear weight; of a convolution the kernel positions of its first output, because
+    groups run along the input channels of each position.
     """
     pattern, weight = nm.NMPattern.parse(pattern), weight.detach().float().cpu()
     kept, convolution = nm.mask(weight, pattern), weight.dim() > 2

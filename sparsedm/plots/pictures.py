@@ -12,7 +12,7 @@ from .base import INK, PAPER, figure
 
 
 def check_file(path: str | Path) -> None:
-    """For before the picture is drawn that `path` is to hold.
+    """Check, before a picture is drawn, that it can be written to `path`.
 
     Raises:
         ValueError: pictures of this suffix cannot be written.
@@ -51,7 +51,7 @@ def save(image: Image.Image, path: str | Path) -> None:
 
     Raises:
         ValueError: no format has this suffix.
-        OSError: it cannot be written; an earlier picture stays.
+        OSError: the file cannot be written; an earlier picture stays.
     """
     kind = _format(path)
     with files.replacing(path) as temporary:

@@ -1,4 +1,4 @@
-"""What Diff-Pruning measures and removes."""
+"""Figures of Diff-Pruning: timesteps that count, and channels that go."""
 
 from collections.abc import Mapping, Sequence
 

@@ -37,7 +37,7 @@ def tradeoff(
 ):
     """A matplotlib figure of quality against cost: points are (label, one of `FAMILIES`, cost, FD), the FD on a log scale.
 
-    What lies above the `ceiling` is drawn at it as a triangle, and its label says where it is.
+    A point above the `ceiling` is drawn there as a triangle, and its label gives the FD.
     """
     plot, axes = figure(8, 6)
     shown = [(f"{p[0]}: {p[3]:.0f}" if p[3] > ceiling else p[0], p[1], p[2], min(p[3], ceiling)) for p in points]

@@ -13,10 +13,10 @@ from .masks import groups
 
 
 def explorer(draw: Callable[..., Any], **controls):
-    """Controls over a figure: `draw` is asked again with their values whenever one of them is moved.
+    """Controls over a figure: `draw` is called with their values whenever a control is moved.
 
-    What it refuses with a ValueError is told below the last figure. Without ipywidgets, or on a page without a front end that
-    runs them, there is the first figure alone.
+    The message of a ValueError from `draw` stands below the last figure. Without ipywidgets, or on a page whose front end does
+    not run widgets, there is the first figure alone.
 
     Args:
         draw: returns a matplotlib figure or a PIL picture, at first with the defaults of its arguments.
@@ -33,39 +33,39 @@ def explorer(draw: Callable[..., Any], **controls):
             return super()._repr_mimebundle_(**kwargs) | {"image/png": base64.b64encode(picture.value).decode()}
 
     defaults = inspect.signature(draw).parameters
-    made = {name: ipywidgets.interactive.widget_from_abbrev(control) for name, control in controls.items()}
-    layout = {"align_self": "flex-start", "max_width": "100%"}  # as large as it is
+    widgets = {name: ipywidgets.interactive.widget_from_abbrev(control) for name, control in controls.items()}
+    layout = {"align_self": "flex-start", "max_width": "100%"}  # in its own size
     picture, refused = ipywidgets.Image(value=_png(draw()), format="png", layout=layout), ipywidgets.Label()
 
     def show(change: object) -> None:
         try:
-            picture.value, refused.value = _png(draw(**{name: control.value for name, control in made.items()})), ""
+            picture.value, refused.value = _png(draw(**{name: control.value for name, control in widgets.items()})), ""
         except ValueError as error:
             refused.value = str(error)
 
-    for name, control in made.items():
+    for name, control in widgets.items():
         control.value, control.continuous_update = defaults[name].default, False
         control.description = name.replace("_", " ")
         control.observe(show, "value")
-    return Explorer([*made.values(), picture, refused])
+    return Explorer([*widgets.values(), picture, refused])
 
 
 def group_explorer(weight: torch.Tensor, pattern: nm.NMPattern | str = "2:4"):
     """An `explorer` of `groups`, over N and M."""
     pattern = nm.NMPattern.parse(pattern)
-    made = explorer(
+    box = explorer(
         lambda M=pattern.m, N=pattern.n: groups(weight, nm.NMPattern(min(N, M), M)),
         M=[m for m in (2, 4, 8, 16, 32) if weight.shape[1] % m == 0],
         N=(1, pattern.m),
     )
-    if children := getattr(made, "children", ()):
+    if children := getattr(box, "children", ()):
         larger, kept, *_ = children
         larger.observe(lambda change: setattr(kept, "max", change.new), "value")
-    return made
+    return box
 
 
 def _png(drawn: Any) -> bytes:
-    """A matplotlib figure, cut as a notebook cuts it, or a PIL picture, as a file."""
+    """The bytes of a PNG file of a matplotlib figure, cut as notebooks cut figures, or of a PIL picture."""
     buffer = io.BytesIO()
     save, options = (drawn.savefig, {"dpi": 80, "bbox_inches": "tight"}) if hasattr(drawn, "savefig") else (drawn.save, {})
     save(buffer, format="png", **options)

@@ -1,6 +1,6 @@
 """The experiments as data: a named recipe is a model, its data, its training, and the protocol that scores it.
 
-`python -m sparsedm reproduce NAME` carries one out (experiment.py).
+`python -m sparsedm reproduce NAME` carries out a recipe (experiment.py).
 """
 
 import difflib
@@ -15,7 +15,7 @@ __all__ = ["CLASSIFIER", "LETTERS", "NAMES", "RECIPES", "Protocol", "Recipe", "p
 RECIPES = {**glyphs.recipes(), **papers.recipes()}
 CLASSIFIER = "glyph-classifier"
 NAMES = (CLASSIFIER, *RECIPES)
-LETTERS = (CLASSIFIER, *(name for name, found in RECIPES.items() if found.suite != "paper"))
+LETTERS = (CLASSIFIER, *(name for name, known in RECIPES.items() if known.suite != "paper"))
 
 
 def recipe(name: str) -> Recipe:
@@ -39,5 +39,5 @@ def seeds(name: str) -> range:
 
 def protocol(name: str, n: int | None = None) -> Protocol | None:
     """The recipe's protocol, with `n` pictures if given; None if there is no such recipe."""
-    found = RECIPES[name].protocol if name in RECIPES else None
-    return replace(found, n=n) if found and n else found
+    own = RECIPES[name].protocol if name in RECIPES else None
+    return replace(own, n=n) if own and n else own

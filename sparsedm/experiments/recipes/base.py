@@ -12,21 +12,23 @@ class Recipe:
     Attributes:
         suite: "headline", "short" or "paper".
         backbone: the kind of network, as tables name it.
-        method: what was done to it, as tables name it.
-        base: the recipe whose model it starts from ("" for random weights): the teacher of a student.
-        role: what it is among the recipes of its suite with the same base: "teacher", "2x4", "diffpruned", ...
+        method: the sparsity or the baseline, as tables name it.
+        base: the recipe whose model is the start of the training, and a student's teacher; "" for random weights.
+        role: "teacher", "2x4", "diffpruned", ...; unique among the recipes of one suite with the same base.
         model: class and config of a model trained from scratch.
-        schedule: its noise schedule and prediction type.
+        schedule: noise schedule and prediction type of a model trained from scratch.
         pattern: N:M of a student; "" for dense.
-        sparsify: options of `sparsedm.sparsify` for it.
+        distil: whether the base is the teacher in a distillation.
+        train: `TrainConfig` fields; {} for no training.
+        data: the data set's name.
+        bundle: whether the checkpoint ships with the package.
+        sparsify: options of `sparsedm.sparsify`.
         calibrate: options of `sparsedm.calibrate`, which then makes the masks; training keeps them ({}: masks by magnitude).
-        prune: `diffpruning.prune`'s options, with the `threshold` of its importance; {} for whole models. With `reinit` the
+        prune: options of `diffpruning.prune`, and the `threshold` of the importance; {} for whole models. With `reinit` the
             weights are drawn anew: the same shape from scratch.
-        distil: transfer knowledge from the base while training.
-        train: `TrainConfig` fields; empty for no training.
-        bundle: whether its checkpoint ships with the package.
-        watch: training steps at which the averaged weights are scored on the way.
-        seeds: how many runs, of seeds 0, 1, ..., its row in the tables stands for.
+        protocol: how to score.
+        watch: training steps whose averaged weights are scored, too.
+        seeds: how many runs, of seeds 0, 1, ..., a row in the tables stands for.
     """
 
     suite: str

@@ -99,11 +99,11 @@ def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, fl
     few, half, most = ratios
     stage = train["steps"] // len(_PROGRESSIVE)
     progressive = tuple((i * stage, pattern) for i, pattern in enumerate(_PROGRESSIVE))
-    found = {}
+    students = {}
 
     def add(key: str, method: str, seeds: int = 1, watch: bool = False, **options) -> None:
         options = {"train": train, "protocol": _SHORT_PROTOCOL, "watch": _WATCH if watch else (), "seeds": seeds, **options}
-        found[f"{base}-short-{key}"] = Recipe("short", backbone, method, base, key, **options)
+        students[f"{base}-short-{key}"] = Recipe("short", backbone, method, base, key, **options)
 
     def pruned(ratio: float = half, score: str = "squared", threshold: float | None = 0.05) -> dict:
         return {"ratio": ratio, "round_to": 4, "score": score, "threshold": threshold}
@@ -140,4 +140,4 @@ def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, fl
     for threshold in (0.02, 0.2):
         add(f"threshold-{threshold:g}", f"Diff-Pruning, threshold {threshold:g}", prune=pruned(threshold=threshold))
     add("absolute", "Diff-Pruning, absolute score", prune=pruned(score="absolute"))
-    return found
+    return students

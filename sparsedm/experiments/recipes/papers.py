@@ -58,13 +58,13 @@ def recipes() -> dict[str, Recipe]:
 def _sparsedm(
     base: str, model: str, data: str, train: dict, schedule: dict, protocol: Protocol, ablations: bool = False
 ) -> dict[str, Recipe]:
-    """A teacher, its 2:4 student and the same training of the dense model; with `ablations` all that the paper compares."""
+    """A teacher, its 2:4 student and the same training of the dense model; with `ablations` all of the paper's methods."""
     paper = PAPER_MODELS[model]
-    found = {}
+    students = {}
 
     def add(key: str, method: str, pattern: str = "2:4", **options) -> None:
         options = {"train": train, "data": data, "protocol": protocol, **options}
-        found[f"{base}-{key}"] = Recipe("paper", model, method, base, key, pattern=pattern, **options)
+        students[f"{base}-{key}"] = Recipe("paper", model, method, base, key, pattern=pattern, **options)
 
     add("more", "dense, same extra training", "")
     add("2x4", "2:4, SparseDM", distil=True)
@@ -81,19 +81,19 @@ def _sparsedm(
     teacher = Recipe(
         "paper", model, "teacher", model=(paper.cls, paper.config), schedule=schedule, train=train, data=data, protocol=protocol
     )
-    return {base: teacher, **found}
+    return {base: teacher, **students}
 
 
 def _diffpruning(base: str, model: str, data: str, train: dict, teacher_steps: int, threshold: float = 0.05) -> dict[str, Recipe]:
     """A teacher, Diff-Pruning at ratio 0.3 and its baselines, the dense model with the same extra training among them."""
     paper, train = PAPER_MODELS[model], {**_DDPM, **train}
     small = paper.config["sample_size"] < 256
-    found = {}
+    students = {}
 
     def add(key: str, method: str, options: dict | None = None, **prune) -> None:
         options = {"train": train, "data": data, "protocol": _DDIM, **(options or {})}
         options["prune"] = {"ratio": 0.3, **prune} if prune else {}
-        found[f"{base}-{key}"] = Recipe("paper", model, method, base, key, **options)
+        students[f"{base}-{key}"] = Recipe("paper", model, method, base, key, **options)
 
     add("more", "dense, same extra training")
     add("diffpruned", "Diff-Pruning", score="squared", threshold=threshold)
@@ -111,4 +111,4 @@ def _diffpruning(base: str, model: str, data: str, train: dict, teacher_steps: i
         "paper", model, "teacher", model=(paper.cls, config), schedule=_LINEAR, train={**train, "steps": teacher_steps},
         data=data, protocol=_DDIM,
     )  # fmt: skip
-    return {base: teacher, **found}
+    return {base: teacher, **students}
