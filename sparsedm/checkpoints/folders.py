@@ -248,19 +248,7 @@ def _schedulers(model: ModelMixin, schedule: dict) -> Iterator[SchedulerMixin]:
     elif isinstance(own, type) and issubclass(own, SchedulerMixin) and own not in diffusion.SAMPLERS.values():
         yield own.from_config(schedule)
     else:
-        yield from _samplers(schedule)
-
-
-def _samplers(schedule: dict) -> Iterator[SchedulerMixin]:
-    """The samplers that can keep all of the schedule's settings; not every one has each. Raises ValueError if none can."""
-    refusals = []
-    for name in diffusion.SAMPLERS:
-        try:
-            yield diffusion.make_scheduler(name, schedule)
-        except ValueError as error:
-            refusals.append(error)
-    if len(refusals) == len(diffusion.SAMPLERS):
-        raise refusals[0]
+        yield from diffusion.possible_samplers(schedule)
 
 
 def _try(scheduler: SchedulerMixin) -> None:
