@@ -27,18 +27,30 @@ SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm++": DPMSolverMult
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 _FORWARD = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
     "prediction_type",
-)  # fmt: skip
+)
 # Settings that some of diffusers' schedulers have and others lack, each with the value that changes nothing. _FORWARD_EXTRA
 # holds kinds of training that nothing here knows, _SAMPLING_EXTRA the noise levels and bounds that a sampler takes. A setting in
 # neither belongs to the rule of one sampler (solver_order, set_alpha_to_one; DPM++ does not clip).
 _FORWARD_EXTRA = {"snr_shift_scale": 1.0, "use_flow_sigmas": False, "timestep_type": "discrete", "predict_epsilon": True}
 _SAMPLING_EXTRA = {
-    "clip_sample_range": 1.0, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
-    "use_lu_lambdas": False, "sigma_min": None, "sigma_max": None, "interpolation_type": "linear",
-    "lambda_min_clipped": -math.inf, "use_dynamic_shifting": False,
-}  # fmt: skip
+    "clip_sample_range": 1.0,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "sigma_min": None,
+    "sigma_max": None,
+    "interpolation_type": "linear",
+    "lambda_min_clipped": -math.inf,
+    "use_dynamic_shifting": False,
+}
 
 
 def make_scheduler(name: str, source: nn.Module | SchedulerMixin | Mapping | None = None) -> SchedulerMixin:
