@@ -138,8 +138,8 @@ def _steps(
         terms    x_t = add_noise(images, noise, t), and scalars, means over b, C, H, W:
                  "noise"    MSE(student(x_t, t), target); the target is the noise, the velocity, the picture or the flow.
                  "teacher"  MSE(student(x_t, t), teacher(x_t, t)), a predicted variance included; only with a teacher.
-        loss     noise_weight * "noise" + teacher_weight * "teacher"; its gradients are summed over the `accumulate` parts of
-                 b and averaged over the processes. A loss that is not finite ends the run before the weights change.
+        loss     noise_weight * "noise" + teacher_weight * "teacher"; its gradients are averaged over the `accumulate` parts
+                 of b and over the processes. A loss that is not finite ends the run before the weights change.
         update   clip, step of the optimisers, of their learning rates and of the decoupled decay, then the EMA.
     """
     model, config, accelerator = training.model, training.config, training.accelerator
