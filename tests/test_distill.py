@@ -10,11 +10,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from sparsedm import data, diffusion
+from sparsedm import data, diffusion, plots
 from sparsedm.masking import layers
 from sparsedm.models.uvit import UViTModel
 from sparsedm.support import processes
-from sparsedm.training import checkpoint, distill
+from sparsedm.training import checkpoint, distill, runlog
 
 STEPS = {"steps": 6, "batch_size": 8, "lr": 1e-3, "warmup": 2, "checkpoint_every": 2}
 
@@ -42,6 +42,25 @@ def test_pictures_of_a_named_set_have_the_models_size(tmp_path, make_model):
     model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
     list(distill.train(model, f"folder:{tmp_path}", steps=1, batch_size=4))
     assert seen == [(4, 3, 8, 8)]
+
+
+@pytest.mark.parametrize("schedule, sampler", [({}, "dpm++"), ({"clip_sample_range": 2.0}, "ddim")], ids=str)
+def test_a_preview_takes_the_first_sampler_that_keeps_the_noise_schedule(schedule, sampler, tmp_path):
+    model = tiny()
+    model.register_to_config(noise_schedule=schedule)
+    *_, state = distill.train(model, "digits", steps=1, batch_size=2)
+    noise, labels = diffusion.start_noise(model, runlog.GRID), torch.arange(runlog.GRID) % 10
+    images = diffusion.generate(state.ema_model(), noise, sampler=sampler, steps=20, class_labels=labels)
+    with Image.open(runlog.RunLog(tmp_path / "log.jsonl").draw(state)) as drawn:
+        assert drawn.tobytes() == plots.picture(images, columns=4, scale=runlog.scale(images)).tobytes()
+
+
+def test_a_preview_names_the_setting_that_no_sampler_keeps(tmp_path):
+    model = tiny()
+    *_, state = distill.train(model, "digits", steps=1, batch_size=2)
+    model.register_to_config(noise_schedule={"use_flow_sigmas": True})
+    with pytest.raises(ValueError, match=r"sampler dpm\+\+ cannot keep use_flow_sigmas=True"):
+        runlog.RunLog(tmp_path / "log.jsonl").draw(state)
 
 
 @pytest.mark.parametrize("optimizer", checkpoint.OPTIMIZERS)

@@ -491,6 +491,15 @@ def test_copy_of_a_sparse_model_saves_its_own_weights(model, call, tmp_path):
     assert _differences(folded(copied), folded(model))
 
 
+def test_save_pretrained_of_a_training_model_outlives_unpack_and_pickling(model, tmp_path):
+    sparsedm.unpack(sparsify(model)).save_pretrained(tmp_path / "folder")
+    _assert_folder_is_folded(model, type(model).from_pretrained(tmp_path / "folder"))
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    again.save_pretrained(tmp_path / "again")
+    _assert_folder_is_folded(again, type(model).from_pretrained(tmp_path / "again"))
+
+
 def test_save_pretrained_after_fold_and_densify_is_diffusers_own(model, tmp_path):
     dense = _snapshot(model)
     densify(sparsify(model)).save_pretrained(tmp_path / "dense")

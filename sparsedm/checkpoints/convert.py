@@ -1,7 +1,7 @@
 """Official checkpoints as models of this package: U-ViT, UNets of the DDIM code, and folders of Diff-Pruning.
 
-Sizes are read off the shapes. What a file does not tell is asked for, except of the official models, which are known by their
-sizes. Pickled code in the files is refused, never run.
+Sizes are read off the shapes. The caller gives the settings that a file does not tell, except for the official models, which are
+known by their sizes. Pickled code in the files is refused, never run.
 """
 
 import inspect
@@ -23,21 +23,31 @@ from .statedict import State, check_names, count, fill, read, shape
 
 ATTENTION_SCALES = ("dense", "pruned")
 _OPTIONS = {
-    "num_heads": "a number", "context_tokens": "a number", "norm_eps": "a number", "qk_scale": "a number",
-    "sample_size": "a number", "attention_scale": " or ".join(ATTENTION_SCALES),
-}  # fmt: skip
+    "num_heads": "a number",
+    "context_tokens": "a number",
+    "norm_eps": "a number",
+    "qk_scale": "a number",
+    "sample_size": "a number",
+    "attention_scale": " or ".join(ATTENTION_SCALES),
+}
 _WEIGHTS = (
-    f"unet/{folders.WEIGHTS}", f"unet/{folders.INDEX}", "unet/diffusion_pytorch_model.bin", folders.WEIGHTS, folders.INDEX,
+    f"unet/{folders.WEIGHTS}",
+    f"unet/{folders.INDEX}",
+    "unet/diffusion_pytorch_model.bin",
+    folders.WEIGHTS,
+    folders.INDEX,
     "diffusion_pytorch_model.bin",
-    "pruned/unet_ema_pruned.pth", "pruned/unet_pruned.pth",
-)  # fmt: skip
+    "pruned/unet_ema_pruned.pth",
+    "pruned/unet_pruned.pth",
+)
 
 
 def load(path: str | Path, **options) -> ModelMixin:
-    """The model in an official checkpoint, whichever of `uvit`, `ddim` and `diff_pruning` it is for; options as theirs.
+    """The model in an official checkpoint, read by `uvit`, `ddim` or `diff_pruning`, whose options it takes.
 
     Raises:
-        ValueError: it is for none of them, an option that is not of the one it is for or of another type, or as they do.
+        ValueError: a checkpoint for none of these functions, an option that the function does not have or of another type, or as
+            the function.
     """
     converter = diff_pruning if Path(path).is_dir() else _converter(path)
     known = {
@@ -73,10 +83,10 @@ def uvit(
     continuous time; for the Huge and the text-to-image ones set the config's `noise_schedule` to Stable Diffusion's.
 
     Args:
-        num_heads: must be given unless an official model is as wide and as deep.
-        context_tokens: of text, for text-to-image models; must be given unless an official one has as many tokens.
-        norm_eps: of the layer norms, by default as in the official code.
-        qk_scale: what attention multiplies queries with keys by, by default as there: 1 / sqrt(width of a head).
+        num_heads: heads of each attention; must be given unless an official model is as wide and as deep.
+        context_tokens: number of text tokens of a text-to-image model; must be given unless an official model has as many.
+        norm_eps: the epsilon of the layer norms, by default as in the official code.
+        qk_scale: the factor of queries times keys in attention, by default as in the official code: 1 / sqrt(width of a head).
 
     Raises:
         ValueError: as `read`, a tensor that is missing, unexpected or of another shape (named), an argument that must be given
@@ -159,8 +169,8 @@ def ddim(path: str | Path, *, sample_size: int | None = None, norm_eps: float | 
     """The UNet of the DDIM code (`ema_diffusion_cifar10_model-790000.ckpt` and others), and of DDPM converted to it.
 
     Args:
-        sample_size: of the pictures; must be given unless an official model has the same widths and attention.
-        norm_eps: of the group norms, by default as in the official code.
+        sample_size: height and width of the pictures; must be given unless an official model has the same widths and attention.
+        norm_eps: the epsilon of the group norms, by default as in the official code.
 
     Raises:
         ValueError: as `uvit`.
@@ -205,22 +215,22 @@ _DDIM_NAMES = (
 
 
 def _ddim_name(name: str, levels: int) -> str:
-    """What a tensor of UNet2DModel is called in the DDIM code, which counts the levels on the way up from the finest, too."""
+    """The name of a tensor of UNet2DModel in the DDIM code, which counts the levels from the finest on the way up, too."""
     name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
-    for pattern, theirs in _DDIM_NAMES:
-        name = re.sub(pattern, theirs, name)
+    for pattern, official in _DDIM_NAMES:
+        name = re.sub(pattern, official, name)
     return name
 
 
 def diff_pruning(folder: str | Path, *, attention_scale: str | None = None) -> UNet2DModel:
     """The pruned UNet in a pipeline folder of Diff-Pruning's diffusers scripts, from the plain weights in its `unet`.
 
-    Its config is that of the dense model; the widths are read off the weights. The config's pruning record then names the
-    first channels of every layer: which ones they were in the dense model is not known, and does not matter.
+    The folder's config describes the dense model; the widths are read off the weights. The pruning record of the new config then
+    names the first channels of every layer: which channels of the dense model were kept is not known, and does not matter.
 
     Args:
-        attention_scale: what attention was scaled by, if queries were pruned: the "dense" width (in torch 1.13, which these
-            scripts ask for) or the "pruned" one (torch 2). The file does not tell.
+        attention_scale: the width by which attention was scaled, if queries were pruned: the "dense" width (in torch 1.13, which
+            these scripts ask for) or the "pruned" width (torch 2). The file does not tell.
 
     Raises:
         ValueError: as `uvit`; the folder has pickled modules only; widths that do not fit each other; an `attention_scale`
@@ -255,7 +265,7 @@ def diff_pruning(folder: str | Path, *, attention_scale: str | None = None) -> U
 
 
 def _new_attention_name(name: str) -> str:
-    """diffusers before 0.17 called the layers of attention otherwise."""
+    """The present name of a tensor: diffusers before 0.17 named the layers of attention in another way."""
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
         name = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", name)
     return name
@@ -279,7 +289,7 @@ def _widths(model: nn.Module, state: State) -> structure.Record:
 
 
 def _rescale(model: nn.Module, state: State, scales: Mapping[str, float], chosen: str | None, path: Path) -> None:
-    """Write the ratio of the two scales of pruned attention into its queries, if it was not scaled as torch 2 does."""
+    """Write the ratio of the two scales of pruned attention into its queries, if attention was not scaled as in torch 2."""
     for name, dense in scales.items():
         ratio = dense / model.get_submodule(name).scale
         if ratio == 1:

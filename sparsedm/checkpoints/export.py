@@ -35,7 +35,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def write(model: nn.Module, out: str | Path, format: str, dtype: str | None = None, *, batch: int | None = None) -> None:
-    """Write a model that is dense, in sparse training, folded or packed as one of FORMATS; it is not touched.
+    """Write a model that is dense, in sparse training, folded or packed in one of FORMATS; the model is not touched.
 
     "diffusers" is `sparsedm.save`, "packed" `sparsedm.save_packed`, "onnx" the function `onnx`. `dtype` is in folders.DTYPES, by
     default float16 for "packed", else float32. An earlier model folder at `out` is replaced, another folder is not.
@@ -70,14 +70,15 @@ def onnx(
 ) -> None:
     """Write one call of a denoiser as an ONNX file, whole or not at all.
 
-    The model may be dense, in sparse training, folded or packed; it is not touched. The file's inputs are named like the
+    The model may be dense, in sparse training, folded or packed, and is not touched. The file's inputs are named like the
     arguments of the call: sample [B, C, H, W], timestep [B], and class_labels [B] or encoder_hidden_states [B, tokens, dim]
-    if the model takes them; its output is out_sample [B, C, H, W]. The noise schedule is in its metadata. Weights beyond
-    2 GiB are in a file beside it, `PATH.<8 letters>.data`. Every N:M weight is verified in the written file.
+    if the model takes them; the output is out_sample [B, C, H, W]. The noise schedule is in the metadata. Weights beyond
+    2 GiB are in a second file, `PATH.<8 letters>.data`. Every N:M weight is verified in the written file.
 
     Args:
         batch: a fixed B; by default B is dynamic.
-        inputs: of one call, for models whose config does not tell their shapes; B first. Their values do not matter.
+        inputs: keyword arguments of one call, B first, for models whose config does not tell their shapes. The values of the
+            tensors do not matter.
         dtype: of the weights, the sample and the text: float32 or float16. The timestep stays an integer.
         check: run the file with onnxruntime and compare it with torch, for several random inputs and batch sizes.
 
@@ -85,7 +86,7 @@ def onnx(
         ImportError: onnx, onnxscript or onnxruntime is not installed.
         ValueError: bad arguments; a weight that is not N:M in the file (the layer is named); a file that onnxruntime does not
             run, or whose outputs are not the model's. An earlier file is untouched then.
-        OSError: it cannot be written; an earlier file is untouched.
+        OSError: the file cannot be written; an earlier file is untouched.
     """
     _require(PACKAGES if check else PACKAGES[:2])
     path = Path(path)
@@ -131,7 +132,7 @@ def _plain(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[str, N
 
 
 def _checked_inputs(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None) -> Mapping[str, torch.Tensor]:
-    """`inputs`, or those that the model's config implies, once the model has taken them."""
+    """`inputs`, or the inputs that the model's config implies, after a call of the model with them."""
     inputs = dryrun.example_inputs(model) if inputs is None else inputs
     unknown = [name for name in inputs if name not in INPUTS]
     if unknown or not {"sample", "timestep"} <= set(inputs):
@@ -165,10 +166,10 @@ def _trace(model: nn.Module, example: dict[str, torch.Tensor], dynamic: bool):
         warnings.simplefilter("ignore")
         # strict, because without it a `len(x)` in the model (U-ViT has some) makes the batch a constant
         traced = torch.export.export(_Denoiser(model), (), example, dynamic_shapes=dynamic_axes, strict=True)
-        program = torch.onnx.export(
-            traced, (), kwargs=example, dynamo=True, optimize=False, verbose=False, input_names=list(example),
-            output_names=[OUTPUT], dynamic_shapes={name: {0: "batch"} for name in example} if dynamic else None,
-        )  # fmt: skip
+        names = {"input_names": list(example), "output_names": [OUTPUT]}
+        batches = {name: {0: "batch"} for name in example} if dynamic else None
+        options = {"dynamo": True, "optimize": False, "verbose": False, "dynamic_shapes": batches}
+        program = torch.onnx.export(traced, (), kwargs=example, **names, **options)
         _name_weights(program.model.graph)
         program.optimize()
     for node in program.model.graph:
@@ -193,9 +194,9 @@ def _name_weights(graph) -> None:
 
 @contextlib.contextmanager
 def _written(program, path: Path) -> Iterator[Path]:
-    """Yield the file, still beside `path`; it takes its place if nothing is raised.
+    """Yield the written file, still beside `path`; the file takes its place at `path` if nothing is raised.
 
-    Weights beyond ONE_FILE go to another file, under a new name each time: an earlier model keeps its own until then.
+    Weights beyond ONE_FILE go to another file, under a new name each time: an earlier model keeps its weights until then.
     """
     import onnx_ir
 
@@ -230,15 +231,15 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
     """The constant second operands of the file's products as [out, in, ...], by layer."""
     import onnx_ir
 
-    found = {}
+    weights = {}
     for node in onnx_ir.load(path).graph:
         value = node.inputs[1] if node.op_type in ("Conv", "Gemm", "MatMul") else None
         if value is None or value.const_value is None:
             continue
         weight = torch.from_numpy(value.const_value.numpy().copy())
         outputs_last = node.op_type == "MatMul" or (node.op_type == "Gemm" and not node.attributes.get_int("transB", 0))
-        found[value.name.removesuffix(".T").removesuffix(".weight")] = weight.mT if outputs_last else weight
-    return found
+        weights[value.name.removesuffix(".T").removesuffix(".weight")] = weight.mT if outputs_last else weight
+    return weights
 
 
 def _compare(path: Path, model: nn.Module, inputs: Mapping[str, torch.Tensor], batches: tuple[int, ...]) -> None:
@@ -250,14 +251,14 @@ def _compare(path: Path, model: nn.Module, inputs: Mapping[str, torch.Tensor], b
     tolerance = TOLERANCE[next(model.parameters()).dtype]
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        found = []
+        outputs = []
         for seed, batch in enumerate(batches):
             drawn = _draw(model, inputs, batch, seed)
             (output,) = session.run([OUTPUT], {name: value.numpy() for name, value in drawn.items()})
-            found.append((drawn, torch.from_numpy(output)))
+            outputs.append((drawn, torch.from_numpy(output)))
     except Exception as error:  # onnxruntime's errors have no base class of their own
         raise ValueError(f"onnxruntime does not run the exported model: {error}") from error
-    for drawn, output in found:
+    for drawn, output in outputs:
         with torch.no_grad():
             expected = _Denoiser(model)(**drawn)
         error = _relative_error(output, expected)

@@ -36,14 +36,14 @@ def bundled() -> tuple[str, ...]:
 def load(name_or_folder: str | Path) -> ModelMixin:
     """A bundled model by name, or a model folder (config.json and safetensors), in float32 and eval mode.
 
-    The folder of a diffusers pipeline stands for its denoiser, that of a training run for the model it has made. The config
+    The folder of a diffusers pipeline stands for its denoiser, the folder of a training run for the trained model. The config
     carries the noise schedule and prediction type as `noise_schedule`, which sampling and training then use; for a pipeline
-    they are those of its scheduler.
+    they come from its scheduler.
 
     Raises:
         ValueError: unknown name; a config, noise schedule or pruning record that makes no model; weights that are truncated,
-            damaged (their checksums tell, if there are any), not finite, or not those of the config. The file is named. No
-            more memory is taken than the weights need.
+            damaged (as the checksums tell, if there are any), not finite, or not of the model in the config. The file is named.
+            No more memory is taken than the weights need.
         FileNotFoundError: the folder has no config or no weights.
     """
     folder = _folder_of(name_or_folder)
@@ -78,22 +78,22 @@ def _folder_of(name_or_folder: str | Path) -> Path:
 
 
 def weights_of(name_or_folder: str | Path) -> Path:
-    """The weights file of a bundled model or model folder, the packed one if there is one, or the index of several.
+    """The weights file of a bundled model or model folder, the packed file if there is one, or the index of several files.
 
     Raises:
-        ValueError: there are both, or as `load`.
+        ValueError: there are both a weights file and an index, or as `load`.
     """
     folder = _folder_of(name_or_folder)
-    there = [name for name in (PACKED, WEIGHTS, INDEX) if (folder / name).exists()]
-    if there == [WEIGHTS, INDEX]:
+    names = [name for name in (PACKED, WEIGHTS, INDEX) if (folder / name).exists()]
+    if names == [WEIGHTS, INDEX]:
         raise ValueError(f"{folder} holds both {WEIGHTS} and {INDEX}; remove the older one")
-    return folder / (there[0] if there else WEIGHTS)
+    return folder / (names[0] if names else WEIGHTS)
 
 
 def bytes_of(name_or_folder: str | Path) -> int:
-    """The size of the weights file, or of all that it lists. Raises as `load`."""
+    """The size of the weights file, or of all files beside an index. Raises as `load`."""
     path = weights_of(name_or_folder)
-    return sum(each.stat().st_size for each in (path.parent.glob(SHARDS) if path.name == INDEX else [path]))
+    return sum(file.stat().st_size for file in (path.parent.glob(SHARDS) if path.name == INDEX else [path]))
 
 
 def save(
@@ -101,15 +101,14 @@ def save(
 ) -> None:
     """Write `load`'s folder, whole or not at all: config, weights, and `card` as README.md.
 
-    Weights are written as `dtype`, or as they are; those of sparse-training layers are folded, those of
-    packed layers unpacked; the model is not touched.
-    With `packed` the N:M sparse ones are written without their zeros (packing/tensors.py), else as diffusers does.
-    Equal models make equal files, with a checksum for each tensor.
+    Weights are written as `dtype`, or in their own dtype. Sparse-training layers are folded and packed layers unpacked in a copy;
+    the model is not touched. With `packed` N:M sparse weights are written without their zeros (packing/tensors.py), else as
+    diffusers does. Equal models make equal files, with a checksum for each tensor.
 
     Raises:
         ValueError: `folder` holds other things; the model has adapters or fused projections, which `load` cannot rebuild; a
             tensor is not finite, too large for `dtype`, or so small that it would lose more than `LOST` of itself (named).
-        OSError: it cannot be written; an earlier folder stays.
+        OSError: the folder cannot be written; an earlier folder stays.
     """
     layers.refuse_adapters(model)
     layers.refuse_fused(model)
@@ -130,7 +129,7 @@ def save(
 
 
 def _cast(name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """A tensor of a model as it is saved."""
+    """A tensor of a model in the dtype in which it is saved. Raises ValueError, by `name`, as `save`."""
     value = value.detach().cpu().contiguous()
     if not value.is_floating_point():
         return value
@@ -149,7 +148,7 @@ _WIDER = {torch.float16: "float32 or bfloat16", torch.bfloat16: "float32"}
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """A dtype to save weights in, by its name. Raises ValueError for one that is not in `DTYPES`."""
+    """A dtype to save weights in, by its name. Raises ValueError for a name that is not in `DTYPES`."""
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -165,7 +164,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def save_packed(model: ModelMixin, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """`save` without the zeros of N:M sparse weights, in the model's own dtype unless another is asked for. `load` reads it.
+    """`save` without the zeros of N:M sparse weights, in `dtype` or the model's own; `load` reads the folder.
 
     A 2:4 weight takes 9/16 of its dense bytes in float16 and bfloat16, 17/32 in float32.
     """
@@ -173,10 +172,10 @@ def save_packed(model: ModelMixin, folder: str | Path, dtype: torch.dtype | None
 
 
 def _worth_packing(model: ModelMixin, weights: Mapping[str, torch.Tensor]) -> dict[str, nm.NMPattern]:
-    """The patterns of the weights that get smaller by packing (31:32 does not)."""
-    found = {f"{name}.weight": pattern for name, pattern in layers.patterns(model).items()}
-    bits = {name: 8 * weights[name].element_size() for name in found}
-    return {k: p for k, p in found.items() if p.density * (bits[k] + tensors.position_bits(p)) < bits[k]}
+    """The patterns of the weights that packing makes smaller (31:32 is not among them)."""
+    patterns = {f"{name}.weight": pattern for name, pattern in layers.patterns(model).items()}
+    bits = {name: 8 * weights[name].element_size() for name in patterns}
+    return {k: p for k, p in patterns.items() if p.density * (bits[k] + tensors.position_bits(p)) < bits[k]}
 
 
 def pipeline_schedule(part: Path) -> dict | None:
@@ -210,9 +209,9 @@ def _class_of(config: Mapping, folder: Path) -> type[ModelMixin]:
 
 
 def _read_weights(path: Path) -> statedict.State:
-    """The tensors of a weights file or an index, checked, by what they are called in a state dict."""
+    """The tensors of a weights file or an index, checked, by their names in a state dict."""
     if not path.is_file():
-        others = [each.name for each in path.parent.glob("diffusion_pytorch_model*") if not each.match(SHARDS)]
+        others = [file.name for file in path.parent.glob("diffusion_pytorch_model*") if not file.match(SHARDS)]
         remedy = f"; load {others[0]} with diffusers' from_pretrained and save it with sparsedm.save" if others else ""
         raise FileNotFoundError(f"{path} is missing; a model folder holds {CONFIG} and {WEIGHTS}{remedy}")
     if path.name == WEIGHTS:
@@ -221,7 +220,7 @@ def _read_weights(path: Path) -> statedict.State:
 
 
 def _take_schedule(model: ModelMixin, schedule: dict | None, folder: Path) -> None:
-    """Note the noise schedule of the folder's config, or its pipeline's, in the model's, if samplers can be made of it."""
+    """Note the noise schedule of the folder's config, or of its pipeline, in the model's config, after a try with samplers."""
     path = folder / CONFIG
     if schedule is None:
         path, schedule = folder.parent / SCHEDULE, pipeline_schedule(folder)
@@ -238,7 +237,7 @@ def _take_schedule(model: ModelMixin, schedule: dict | None, folder: Path) -> No
 
 
 def _schedulers(model: ModelMixin, schedule: dict) -> Iterator[SchedulerMixin]:
-    """What sampling and training make of a schedule; of another scheduler's config that scheduler."""
+    """The schedulers that sampling and training make of a schedule; of the config of another scheduler, this scheduler."""
     steps = schedule.get("num_train_timesteps", 1)
     if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
         raise ValueError(f"num_train_timesteps is {steps!r}, no number from 1 to {MOST_STEPS}")
@@ -248,19 +247,7 @@ def _schedulers(model: ModelMixin, schedule: dict) -> Iterator[SchedulerMixin]:
     elif isinstance(own, type) and issubclass(own, SchedulerMixin) and own not in diffusion.SAMPLERS.values():
         yield own.from_config(schedule)
     else:
-        yield from _samplers(schedule)
-
-
-def _samplers(schedule: dict) -> Iterator[SchedulerMixin]:
-    """The samplers that can keep all of the schedule's settings; not every one has each. Raises ValueError if none can."""
-    refusals = []
-    for name in diffusion.SAMPLERS:
-        try:
-            yield diffusion.make_scheduler(name, schedule)
-        except ValueError as error:
-            refusals.append(error)
-    if len(refusals) == len(diffusion.SAMPLERS):
-        raise refusals[0]
+        yield from diffusion.possible_samplers(schedule)
 
 
 def _try(scheduler: SchedulerMixin) -> None:

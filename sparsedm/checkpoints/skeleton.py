@@ -1,4 +1,4 @@
-"""From a config to a model in memory: built without memory first, held against the weights, then filled with them."""
+"""From a config to a model: built without memory first, compared with the weights, then filled with them."""
 
 import contextlib
 import math
@@ -42,7 +42,7 @@ def model_of(cls: type[ModelMixin], config: Mapping, pruning: structure.Record |
 
 
 def _check_layers(config: Mapping, tensors: int) -> None:
-    """Some classes make lists as long as a config says before they make a layer."""
+    """Raise ValueError for more layers than weights: some classes make lists of that length before they make a layer."""
     for key, value in config.items():
         if ("layers" in key or "depth" in key) and isinstance(value, int) and value > tensors:
             raise ValueError(f"{key} is {str(value)[:20]}, but there are {tensors} weights")
@@ -57,7 +57,7 @@ def _built(cls: type[ModelMixin], config: Mapping, tensors: int, device: str) ->
 
 
 class _Unfilled(TorchFunctionMode):
-    """Within it, initial values are not drawn: they take a third of the time, and nobody would see them."""
+    """Within this context initial values are not drawn: drawing takes a third of the time, and the weights replace the values."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == torch.nn.init.__name__:
@@ -67,7 +67,7 @@ class _Unfilled(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _at_most(limit: int) -> Iterator[None]:
-    """Within it, modules that this thread makes may get so many parameters."""
+    """Within this context the modules that this thread makes may get `limit` parameters; one more raises ValueError."""
     made, thread = 0, threading.get_ident()
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -90,7 +90,7 @@ def _has_tables(model: nn.Module) -> bool:
 
 
 def _tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
-    """All tensors of a model: parameters, buffers and attributes, those in containers, too."""
+    """All tensors of a model: parameters, buffers and attributes, also the tensors in containers."""
     for module in model.modules():
         yield from _tensors(list(vars(module).values()))
 
@@ -104,12 +104,12 @@ def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
 
 
 def misfits(model: nn.Module, weights: State) -> str:
-    """In words, which of the weights are not those of `model`; "" if all are."""
+    """In words, which of the weights do not fit `model`; "" if all fit."""
     expected = model.state_dict()
-    found = [f"{name} is missing" for name in expected if name not in weights]
-    found += [f"{name} is not of the model" for name in weights if name not in expected]
-    found += [text for name, value in expected.items() if name in weights and (text := _misfit(name, weights[name], value))]
-    return "; ".join(found[:NAMED]) + (f"; and {len(found) - NAMED} more" if len(found) > NAMED else "")
+    reasons = [f"{name} is missing" for name in expected if name not in weights]
+    reasons += [f"{name} is not of the model" for name in weights if name not in expected]
+    reasons += [text for name, value in expected.items() if name in weights and (text := _misfit(name, weights[name], value))]
+    return "; ".join(reasons[:NAMED]) + (f"; and {len(reasons) - NAMED} more" if len(reasons) > NAMED else "")
 
 
 def _misfit(name: str, value: torch.Tensor, expected: torch.Tensor) -> str:
@@ -120,7 +120,7 @@ def _misfit(name: str, value: torch.Tensor, expected: torch.Tensor) -> str:
 
 
 def fill(model: nn.Module, weights: State) -> None:
-    """Give `model` the weights, which have no `misfits`, in float32.
+    """Give `model` the weights, in float32; the weights must have no `misfits`.
 
     Raises:
         ValueError: a tensor holds NaN or infinity, by name.

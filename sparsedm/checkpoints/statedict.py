@@ -1,4 +1,4 @@
-"""State dicts in files of other programs: read as tensors only, and filled into a model by name and shape."""
+"""State dicts in files of other programs: read as tensors only, and loaded into a model by name and shape."""
 
 import pickle
 import re
@@ -15,13 +15,13 @@ State = dict[str, torch.Tensor]
 
 
 def read(path: str | Path) -> State:
-    """The state dict in a file of torch.save or safetensors, or in those of an index (`read_shards`), in float32.
+    """The state dict in a file of torch.save or safetensors, or in the files of an index (`read_shards`), in float32.
 
-    Of a training checkpoint (a list, as the DDIM code saves it) it is the averaged weights, or else the raw ones.
+    A training checkpoint (a list, as the DDIM code saves it) gives the averaged weights, or else the raw weights.
 
     Raises:
         ValueError: the file holds pickled code, is no state dict, or has a tensor with NaN or infinity (named).
-        FileNotFoundError: it is not there.
+        FileNotFoundError: there is no such file.
     """
     try:
         if str(path).endswith(".index.json"):
@@ -52,7 +52,7 @@ def read(path: str | Path) -> State:
 
 
 def read_shards(index: str | Path) -> State:
-    """The tensors of a large checkpoint that diffusers has split: of the safetensors files beside `index`, all that it lists.
+    """The tensors of a large checkpoint that diffusers has split: all safetensors files that `index` lists, which lie beside it.
 
     Raises:
         ValueError: no such index, or a file that cannot be read or does not hold just the tensors that the index says.
@@ -84,7 +84,7 @@ def _is_state(content) -> bool:
 
 
 def shape(state: State, name: str, axes: int, path: str | Path) -> tuple[int, ...]:
-    """The shape of a tensor with so many axes. Raises ValueError, with the file and the name, if there is none."""
+    """The shape of a tensor with `axes` axes. Raises ValueError, with file and name, if the tensor is missing or has others."""
     if name not in state:
         raise ValueError(f"{path}: {name} is missing")
     if state[name].dim() != axes:
@@ -93,12 +93,12 @@ def shape(state: State, name: str, axes: int, path: str | Path) -> tuple[int, ..
 
 
 def count(state: State, pattern: str) -> int:
-    """One more than the largest number that `pattern` finds at the start of a name; 0 if there is none."""
+    """One more than the largest number that `pattern` matches at the start of a name; 0 if no name matches."""
     return max((int(match[1]) + 1 for match in map(re.compile(pattern).match, state) if match), default=0)
 
 
 def check_names(model: ModelMixin, state: State, path: str | Path, official: Callable[[str], str] = str) -> None:
-    """Raise ValueError, naming it, for a tensor of the model that `state` lacks, or has beyond the model's."""
+    """Raise ValueError, with its name, for a tensor of the model that `state` lacks, or of `state` that the model lacks."""
     names = dict.fromkeys(map(official, model.state_dict()))
     for name in names:
         if name not in state:
@@ -112,7 +112,7 @@ def fill(model: ModelMixin, state: State, path: str | Path, official: Callable[[
     """Load `state`, in which the tensors are called `official(name)`, into `model`; 1x1 convolutions may become linear.
 
     Raises:
-        ValueError: a tensor that is missing, unexpected or of another shape, by the name it has in the file.
+        ValueError: a tensor that is missing, unexpected or of another shape, by its name in the file.
     """
     check_names(model, state, path, official)
     taken = {}

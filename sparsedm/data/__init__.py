@@ -39,8 +39,10 @@ def load(
     Args:
         split: "train" or "test" (ignored by folder:PATH and latents:PATH, which are one set).
         size: height and width in pixels; each set has its own default.
-        n, seed: number and seed of the glyphs; other sets ignore them.
-        root, download: where torchvision's sets lie, and whether they may be fetched. Nothing is downloaded unless asked.
+        n: number of glyphs; other sets ignore this argument.
+        seed: of the glyphs; other sets ignore this argument.
+        root: the folder of torchvision's sets.
+        download: whether torchvision's sets may be fetched; nothing is downloaded otherwise.
 
     Raises:
         ValueError: the name is unknown (the message lists the known ones).

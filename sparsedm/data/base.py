@@ -1,4 +1,4 @@
-"""What the data sets share: pixel values, splits, batches."""
+"""Pixel values, splits and batches, for all data sets."""
 
 import torch
 from torch.utils.data import Dataset
@@ -20,7 +20,7 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Float in [-1, 1] (clamped) to uint8 in 0..255: what is shown, saved and scored."""
+    """Float in [-1, 1] (clamped) to uint8 in 0..255: the pictures that are shown, saved and scored."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -36,7 +36,7 @@ def stack(dataset: Dataset, n: int | None = None) -> tuple[torch.Tensor, torch.T
 class StepSampler:
     """Batches of indices as a function of (seed, step) alone: epoch e is the permutation drawn from (seed, e).
 
-    Starting at step s gives what an uninterrupted run would see from s on, which makes resumed runs exact.
+    Started at step s it gives the batches that an uninterrupted run would see from s on, which makes resumed runs exact.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, start: int, stop: int):

@@ -32,7 +32,9 @@ class Glyphs(Dataset):
     Args:
         n: number of pictures; the class of picture i is i mod 36.
         size: height and width in pixels.
+        seed: with it and its number each picture is drawn.
         split: "train" or "test": different pictures from the same distribution.
+        rgb: three channels instead of one.
     """
 
     classes = tuple(GLYPHS)
@@ -106,6 +108,6 @@ def word_labels(word: str) -> torch.Tensor:
     word = word.strip().upper()
     wrong = sorted(set(word) - set(GLYPHS))
     if wrong or not word:
-        found = f"{' '.join(map(repr, wrong))} cannot be drawn" if wrong else "the word is empty"
-        raise ValueError(f"{found}; use the letters A-Z and the digits 0-9")
+        reason = f"{' '.join(map(repr, wrong))} cannot be drawn" if wrong else "the word is empty"
+        raise ValueError(f"{reason}; use the letters A-Z and the digits 0-9")
     return torch.tensor([GLYPHS.index(c) for c in word])

@@ -1,4 +1,4 @@
-"""Pictures as an autoencoder's latents: encoded once into a folder, trained on from there, decoded when they are looked at."""
+"""Pictures as an autoencoder's latents: encoded once into a folder, read from there in training, decoded for people."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,9 +20,15 @@ SHARD = 4096  # pictures per file
 class Latents(Dataset):
     """The latents in a folder of safetensors files, read from disk one by one, as (latent [C, h, w] in float32, label).
 
-    Each file has "latents" [n, C, h, w], already scaled, and "labels" [n]; with "encoder_hidden_states" [n, tokens, dim] the
-    second item is the dict of these instead. A further file null.safetensors holds the "encoder_hidden_states" [tokens, dim] of
-    the empty text, for training without text now and then, and for guidance: the attribute `null`, a dict, {} without the file.
+    Each file has "latents" [n, C, h, w], already scaled, and "labels" [n]. In a file with "encoder_hidden_states"
+    [n, tokens, dim] a dict of these takes the place of the label. A further file null.safetensors holds the
+    "encoder_hidden_states" [tokens, dim] of the empty text, for text dropped in training, and for guidance.
+
+    Attributes:
+        folder: the folder of the files.
+        channels: C of the latents.
+        size: h and w of the latents.
+        null: the tensors in null.safetensors by name, {} without the file.
 
     Raises:
         FileNotFoundError: no such folder, or no safetensors file in it.
@@ -68,14 +74,14 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def _shape(path: Path) -> list[int]:
-    """[n, C, h, w] of the latents in a file. Raises ValueError, with its name, if they or what belongs to them is not there."""
+    """[n, C, h, w] of the latents in a file. Raises ValueError, with the name of the file, if a tensor is missing."""
     with _opened(path) as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    latents, told = shapes.get("latents"), shapes.get("encoder_hidden_states") or shapes.get("labels")
-    if latents is None or told is None:
+    latents, conditions = shapes.get("latents"), shapes.get("encoder_hidden_states") or shapes.get("labels")
+    if latents is None or conditions is None:
         raise ValueError(f"{path} lacks latents, or their labels or encoder_hidden_states")
-    if len(latents) != 4 or told[:1] != latents[:1]:
-        raise ValueError(f"{path}: latents {latents} are not [n, C, h, w], or {told} is not theirs; encode them anew")
+    if len(latents) != 4 or conditions[:1] != latents[:1]:
+        raise ValueError(f"{path}: latents {latents} are not [n, C, h, w], or {conditions} is not theirs; encode them anew")
     return latents
 
 
@@ -83,8 +89,8 @@ def _shape(path: Path) -> list[int]:
 def encode(vae: AutoencoderKL, dataset: Dataset, folder: str | Path, *, batch_size: int = 32, seed: int = 0) -> Iterator[int]:
     """Write the scaled latents of pictures in [-1, 1] and their labels to `folder`, in float16; yields how many are done.
 
-    Of each picture one latent is drawn, from (seed, its number) alone. Files that are there already are kept: a run that was
-    killed goes on.
+    One latent of each picture is drawn, from (seed, number of the picture) alone. Files that are there already are kept: a run
+    that was killed goes on.
     """
     folder, vae = Path(folder), vae.eval()
     for start in range(0, len(dataset), SHARD):
@@ -92,11 +98,11 @@ def encode(vae: AutoencoderKL, dataset: Dataset, folder: str | Path, *, batch_si
         if not path.exists():
             loader = DataLoader(torch.utils.data.Subset(dataset, range(start, stop)), batch_size)
             latents, labels = [], []
-            for images, some in loader:
+            for images, their_labels in loader:
                 generator = torch.Generator().manual_seed(seeds.numbered(seed, start + sum(map(len, labels))))
                 drawn = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.sample(generator)
                 latents.append((drawn * vae.config.scaling_factor).half().cpu())
-                labels.append(some)
+                labels.append(their_labels)
             with replacing(path) as temporary:
                 save_file({"latents": torch.cat(latents).contiguous(), "labels": torch.cat(labels)}, temporary)
         yield stop

@@ -67,11 +67,11 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int) -> torch.Tensor:
-    """Resize the shorter side to `size` and crop the centre: uint8 [3, size, size]. Only what is kept is computed."""
+    """Resize the shorter side to `size` and crop the centre: uint8 [3, size, size]. Only the kept pixels are computed."""
     scale = size / min(image.size)
     whole = [max(size, round(side * scale)) for side in image.size]  # of the resized picture
     starts = [(length - size) // 2 for length in whole]
     ends = [start + size for start in starts]
     box = [at * side / length for at, side, length in zip((*starts, *ends), image.size * 2, whole * 2, strict=True)]
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [size, size, 3] to [3, size, size]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
+from torchvision import datasets
 
 from .base import to_float
 from .pictures import fit
@@ -32,8 +33,11 @@ class TorchVisionSet(Dataset):
 
 
 def load(name: str, root: Path, split: str, size: int | None, download: bool) -> Dataset:
-    from torchvision import datasets
+    """One of `NAMES` from the files under `root`; arguments as `sparsedm.data.load`.
 
+    Raises:
+        FileNotFoundError: the files are not there, or cannot be read.
+    """
     try:
         if name == "cifar10":
             return TorchVisionSet(datasets.CIFAR10(str(root), train=split == "train", download=download), size or 32)

@@ -7,6 +7,7 @@ from .schedules import (
     draw_timesteps,
     is_flow,
     make_scheduler,
+    possible_samplers,
     predict_noise,
     predict_x0,
     target,
@@ -15,5 +16,6 @@ from .schedules import (
 
 __all__ = [
     "SAMPLERS", "STEP_SEEDS", "SampleState", "add_noise", "draw_timesteps", "generate", "is_flow", "make_scheduler",
-    "predict_noise", "predict_x0", "sample", "start_noise", "step_generators", "target", "training_scheduler",
+    "possible_samplers", "predict_noise", "predict_x0", "sample", "start_noise", "step_generators", "target",
+    "training_scheduler",
 ]  # fmt: skip

@@ -22,11 +22,15 @@ STEP_SEEDS = 1 << 31  # far from the seeds of the noise that sampling starts fro
 
 @dataclass
 class SampleState:
-    """One step of sampling: `step` of `steps`, x_t after it and the predicted x_0, both [B, C, H, W].
+    """One step of sampling.
 
-    `steps` counts the calls of the model: samplers of second order (Heun, KDPM2) make up to two for each step asked for.
-    `timestep` may lie between two timesteps of the training (a float), as Euler's with Karras's noise levels.
-    `seconds` is the time of the model call alone (both halves of a guided call, and the wait for an asynchronous device).
+    Attributes:
+        step: the number of this step, from 1.
+        steps: how many calls of the model there are: samplers of second order (Heun, KDPM2) make up to two calls a step.
+        timestep: a float may lie between two timesteps of the training, as Euler's with Karras's noise levels.
+        sample: x_t [B, C, H, W] after the step.
+        x0: the predicted x_0 [B, C, H, W].
+        seconds: time of the model call alone (both halves of a guided call, and the wait for an asynchronous device).
     """
 
     step: int
@@ -51,7 +55,7 @@ def start_noise(model: nn.Module, n: int, seed: int = 0, first: int = 0) -> torc
 
 
 def step_generators(n: int, seed: int = 0, first: int = 0) -> list[torch.Generator]:
-    """For samplers that add noise: a generator for each of the pictures `first`, `first` + 1, ..., as in `start_noise`."""
+    """A generator for each of the pictures `first`, `first` + 1, ..., as in `start_noise`, for samplers that add noise."""
     return [torch.Generator().manual_seed(STEP_SEEDS + seeds.numbered(seed, i)) for i in range(first, first + n)]
 
 
@@ -70,12 +74,13 @@ def sample(
     """Denoise `noise` [B, C, H, W], yielding a `SampleState` after every step; the last one holds the pictures.
 
     Args:
-        sampler: a name from `SAMPLERS`, on the model's own noise schedule, or a diffusers scheduler, which is used as it is:
-            its noise schedule and prediction type must be the model's, as in `EulerDiscreteScheduler.from_config(...)` of its
-            `noise_schedule`.
+        noise: [B, C, H, W], as `start_noise` draws it.
+        sampler: a name from `SAMPLERS`, on the model's own noise schedule, or a diffusers scheduler, which is not changed: its
+            noise schedule and prediction type must be the model's, as in `EulerDiscreteScheduler.from_config(noise_schedule)`.
+        steps: how many steps to take, at most the timesteps of the training.
         class_labels: [B]; None lets a conditional model draw without a class.
-        conditioning: what else the model takes, such as {"encoder_hidden_states": [B, tokens, dim]}.
-        negative: the same for the uncond of guidance (the empty text), as far as it differs.
+        conditioning: the model's other arguments, such as {"encoder_hidden_states": [B, tokens, dim]}.
+        negative: the arguments of the uncond half of guidance (the empty text) that differ from `conditioning`.
         guidance: classifier-free guidance g in cond + g * (cond - uncond); 0 does no second evaluation.
         generator: for samplers that add noise (ddpm): one, or one per picture (`step_generators`).
 
@@ -118,7 +123,7 @@ def sample(
 
 
 def _set_timesteps(scheduler: SchedulerMixin, steps: int) -> None:
-    """Prepare for so many steps. Raises ValueError if there are none such, or the scheduler is not for models like ours."""
+    """Prepare `scheduler` for `steps` steps. Raises ValueError for a number out of range, or a scheduler not for our models."""
     check_betas(scheduler)
     own, kind = inspect.signature(type(scheduler).__init__).parameters, scheduler.config.get("variance_type")
     if "variance_type" in own and kind in ("learned", "learned_range"):
@@ -133,7 +138,7 @@ def _set_timesteps(scheduler: SchedulerMixin, steps: int) -> None:
 
 
 def _predicted_x0(scheduler: SchedulerMixin, stepped, output: torch.Tensor, step: int, t: torch.Tensor, x: torch.Tensor):
-    """x_0 as the scheduler has used it in its step; where it does not say so, computed at the noise level of that step."""
+    """The x_0 that the scheduler has used in its step; where it gives none, computed at the noise level of that step."""
     if getattr(stepped, "pred_original_sample", None) is not None:
         return stepped.pred_original_sample
     abar = 1 / (1 + scheduler.sigmas[step - 1] ** 2) if hasattr(scheduler, "sigmas") else None  # sigma = noise over signal
@@ -141,7 +146,7 @@ def _predicted_x0(scheduler: SchedulerMixin, stepped, output: torch.Tensor, step
 
 
 def _conditionings(model, class_labels, conditioning, negative, x: torch.Tensor) -> tuple[Inputs, Inputs]:
-    """What conditions the calls for x [B, C, H, W], and what their unconditional halves."""
+    """The conditioning arguments of the calls for x [B, C, H, W], and of the unconditional halves of these calls."""
     given, null = dict(conditioning or {}), null_label(model)
     without = {**given, **(negative or {})}
     if null is not None:
@@ -151,7 +156,7 @@ def _conditionings(model, class_labels, conditioning, negative, x: torch.Tensor)
 
 
 def _joined(a: Inputs, b: Inputs) -> Inputs:
-    """Both batches in one."""
+    """The two batches a and b in one, a first."""
     return {k: _joined(v, b[k]) if isinstance(v, dict) else torch.cat([v, b[k]]) for k, v in a.items()}
 
 

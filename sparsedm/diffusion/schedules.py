@@ -7,7 +7,7 @@ v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (arXiv 2202.00512, appendix D).
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import diffusers
 import torch
@@ -27,27 +27,39 @@ SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm++": DPMSolverMult
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 _FORWARD = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
     "prediction_type",
-)  # fmt: skip
-# Settings that some of diffusers' schedulers have and others lack, each with the value that changes nothing. The first ones
-# say what the model was trained on, in ways that nothing here knows; the others say which noise levels and bounds a sampler
-# takes. What is in neither belongs to the rule of one sampler (solver_order, set_alpha_to_one; DPM++ does not clip).
+)
+# Settings that some of diffusers' schedulers have and others lack, each with the value that changes nothing. _FORWARD_EXTRA
+# holds kinds of training that nothing here knows, _SAMPLING_EXTRA the noise levels and bounds that a sampler takes. A setting in
+# neither belongs to the rule of one sampler (solver_order, set_alpha_to_one; DPM++ does not clip).
 _FORWARD_EXTRA = {"snr_shift_scale": 1.0, "use_flow_sigmas": False, "timestep_type": "discrete", "predict_epsilon": True}
 _SAMPLING_EXTRA = {
-    "clip_sample_range": 1.0, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
-    "use_lu_lambdas": False, "sigma_min": None, "sigma_max": None, "interpolation_type": "linear",
-    "lambda_min_clipped": -math.inf, "use_dynamic_shifting": False,
-}  # fmt: skip
+    "clip_sample_range": 1.0,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "sigma_min": None,
+    "sigma_max": None,
+    "interpolation_type": "linear",
+    "lambda_min_clipped": -math.inf,
+    "use_dynamic_shifting": False,
+}
 
 
 def make_scheduler(name: str, source: nn.Module | SchedulerMixin | Mapping | None = None) -> SchedulerMixin:
-    """The sampler called `name` ("ddim", "ddpm" or "dpm++") with all settings of `source` that it has.
+    """The sampler called `name` ("ddim", "ddpm" or "dpm++") with all settings of `source` that this sampler has.
 
-    `source` is a scheduler, its config, or a diffusers model whose own config has one as `noise_schedule`; without any it is
-    DDPM's linear schedule of 1,000 steps with noise prediction. The noise schedule, the prediction type and `clip_sample` are
-    those of `source`, given there or by default. Of the others a default of its class is left to the sampler, as diffusers'
-    `from_config` does.
+    `source` is a scheduler, its config, or a diffusers model whose config holds such a config as `noise_schedule`; without a
+    `source` the schedule is DDPM's linear one of 1,000 steps with noise prediction. The noise schedule, the prediction type and
+    `clip_sample` come from `source`, given there or by default. A setting that `source` leaves at the default of its class takes
+    the sampler's own default, as in diffusers' `from_config`.
 
     Raises:
         ValueError: unknown name (the message lists the known ones), a setting that the sampler lacks and that would change the
@@ -62,15 +74,36 @@ def make_scheduler(name: str, source: nn.Module | SchedulerMixin | Mapping | Non
     remedy = "pass a diffusers scheduler that has it as sampler"
     _refuse(settings, _FORWARD_EXTRA | {key: _SAMPLING_EXTRA[key] for key in lacking}, f"the sampler {name}", remedy)
     if name != "ddpm":
-        settings.pop("variance_type", None)  # they add no noise
+        settings.pop("variance_type", None)  # these samplers add no noise
     return _build(SAMPLERS[name], settings)
 
 
-def training_scheduler(model: nn.Module) -> SchedulerMixin:
-    """The forward process that `model` is trained on: DDPM's, or rectified flow for the classes made for it (SD3, Flux).
+def possible_samplers(
+    source: nn.Module | SchedulerMixin | Mapping | None = None, names: Iterable[str] = tuple(SAMPLERS)
+) -> Iterator[SchedulerMixin]:
+    """The samplers among `names`, in this order, that `make_scheduler` can make of `source`.
 
-    Either with the numbers of the model's own config, if it has a `noise_schedule`. Of that the noise schedule and the
-    prediction type count; how pictures are drawn from the model is nothing to its training.
+    Raises:
+        ValueError: no sampler keeps all settings of `source`; the message is that of the first one.
+    """
+    refusals, made = [], False
+    for name in names:
+        try:
+            scheduler = make_scheduler(name, source)
+        except ValueError as error:
+            refusals.append(error)
+        else:
+            made = True
+            yield scheduler
+    if not made:
+        raise refusals[0]
+
+
+def training_scheduler(model: nn.Module) -> SchedulerMixin:
+    """The forward process that `model` is trained on: DDPM's, or rectified flow for the classes made for flows (SD3, Flux).
+
+    The numbers come from the `noise_schedule` in the model's config, if there is one. Only the noise schedule and the prediction
+    type in this config count: the settings of a sampler do not matter to training.
 
     Raises:
         ValueError: a setting of the forward process that cannot be kept (named), or settings that make no schedule.
@@ -101,7 +134,7 @@ def _config(source: nn.Module | SchedulerMixin | Mapping | None) -> Mapping:
 
 
 def _settings(source: nn.Module | SchedulerMixin | Mapping | None) -> dict:
-    """What the config of `source` says; of its class's defaults only what tells what the model was trained on."""
+    """The settings in the config of `source`; of its class's defaults only those that tell how the model was trained."""
     config, kept = _config(source), (*_FORWARD, "clip_sample")
     default, unset = _class_defaults(config), config.get("_use_default_values", ())
     given = {key: value for key, value in config.items() if not key.startswith("_") and (key in kept or key not in unset)}
@@ -109,7 +142,7 @@ def _settings(source: nn.Module | SchedulerMixin | Mapping | None) -> dict:
 
 
 def _class_defaults(config: Mapping) -> dict:
-    """The settings by default of the diffusers scheduler that a config names; {} if it names none."""
+    """The default settings of the diffusers scheduler that a config names; {} if the config names none."""
     name = str(config.get("_class_name"))
     cls = getattr(diffusers.schedulers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
@@ -117,7 +150,7 @@ def _class_defaults(config: Mapping) -> dict:
     default = {key: parameter.default for key, parameter in inspect.signature(cls.__init__).parameters.items()}
     if "beta_schedule" not in default:
         raise ValueError(f"the noise schedule of {name} has no betas; give that of a DDIMScheduler or the like")
-    return {"clip_sample": False} | default  # where a class has no such setting, it does not clip
+    return {"clip_sample": False} | default  # a class without this setting does not clip
 
 
 def _refuse(settings: Mapping, harmless: Mapping, user: str, remedy: str) -> None:
@@ -149,7 +182,7 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
 
 
 def check_betas(scheduler: SchedulerMixin) -> None:
-    """Raise ValueError unless the scheduler's noise levels follow from betas, as those of the models here do."""
+    """Raise ValueError unless the scheduler's noise levels follow from betas, as in all models of this package."""
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(f"the noise schedule of {type(scheduler).__name__} has no betas; give a DDIMScheduler or the like")
 
@@ -192,8 +225,8 @@ def predict_x0(
 ) -> torch.Tensor:
     """The picture [B, C, H, W] that a network output implies, bounded as the scheduler's config says.
 
-    That is thresholded with `thresholding`, else clamped to plus or minus `clip_sample_range` with `clip_sample`. `abar` stands
-    for that of timestep t, where a sampler uses noise levels between the timesteps.
+    With `thresholding` the picture is thresholded, else with `clip_sample` clamped to plus or minus `clip_sample_range`. Where a
+    sampler uses noise levels between the timesteps, `abar` takes the place of abar_t.
     """
     kind = scheduler.config.prediction_type
     signal, spread = _levels(scheduler, t, x_t, abar)

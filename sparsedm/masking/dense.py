@@ -1,9 +1,9 @@
 """Which layers stay dense by default: by the list of the model's family, or by a rule for any denoiser.
 
-The families' lists are those of the papers, and stand in `models/denoisers.py`. The general rule looks for the repeated blocks,
-where nearly all the time goes. Outside of them are the first and last layers, whose patches and pixels have too few channels to
-spare, and the embeddings. Within them are modulations (adaLN): they follow from the timestep, steer every token, and run once a
-picture, so they cost no time.
+The families' lists come from the papers and stand in `models/denoisers.py`. The general rule looks for the repeated blocks,
+where nearly all the time goes. Outside of the blocks are the embeddings, and the first and last layers, whose patches and
+pixels have too few channels to spare. Within the blocks are modulations (adaLN): a modulation follows from the timestep, steers
+every token, and runs once a picture, so that its time does not count.
 """
 
 import re
@@ -24,8 +24,8 @@ def register(class_name: str, globs: tuple[str, ...]) -> None:
 
 
 def default_rule(model: nn.Module) -> Rule:
-    """The rule for `model`: that of its class or the nearest parent that is registered, else the general one."""
-    globs = next((_FAMILIES[each.__name__] for each in type(model).__mro__ if each.__name__ in _FAMILIES), None)
+    """The rule for `model`: the globs of its class or the nearest registered parent class, else the general rule."""
+    globs = next((_FAMILIES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _FAMILIES), None)
     return _general(model) if globs is None else by_globs(globs)
 
 
@@ -54,7 +54,7 @@ def _general(model: nn.Module) -> Rule:
 
 
 def _blocks(model: nn.Module) -> Iterable[str]:
-    """Names of what a ModuleList holds, bare layers apart, and of the block in the middle."""
+    """Names of the modules in a ModuleList, bare layers apart, and of the block in the middle."""
     for name, module in model.named_modules():
         parent, _, last = name.rpartition(".")
         repeated = name and isinstance(model.get_submodule(parent), nn.ModuleList)

@@ -6,9 +6,9 @@ weight in every forward and never stored.
 """
 
 import copy
+import functools
 import math
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -47,8 +47,13 @@ class _SRSTE(torch.autograd.Function):
 class _NMLayer:
     """What NMLinear and NMConv2d share.
 
-    Attributes: `pattern`, `decay` (lambda of SR-STE), `decay_mode`, `frozen_mask`, `loss_scale`, by which the loss is
-    multiplied before it goes backward (see `set_loss_scale`), and `called`, whether the forward has run.
+    Attributes:
+        pattern: N:M of the weight.
+        decay: lambda of SR-STE.
+        decay_mode: one of `DECAY_MODES`.
+        loss_scale: the factor by which the loss is multiplied before it goes backward (`set_loss_scale`).
+        frozen_mask: the mask that no longer follows the weight, or None.
+        called: whether the forward has run.
     """
 
     pattern: NMPattern
@@ -115,7 +120,7 @@ def is_sparse(model: nn.Module) -> bool:
 def never_called(model: nn.Module) -> set[str]:
     """Names of the sparse-training layers whose forward has not run in any call of `model` since `sparsify`.
 
-    Nothing is known, and the set is empty, before the first call of the model that `sparsify` was given.
+    The set is empty before the first call of the model that `sparsify` was given: nothing is known then.
     """
     return {name for name, module in nm_layers(model) if not module.called} if _called(model) else set()
 
@@ -134,7 +139,7 @@ def refuse_adapters(model: nn.Module) -> None:
 
 
 def refuse_fused(model: nn.Module) -> None:
-    """Raise ValueError if fused projections, which are copies, stand beside the layers of the model's class."""
+    """Raise ValueError if fused projections, which are copies of weights, stand beside the layers of the model's class."""
     for name, module in model.named_modules():
         if getattr(module, "fused_projections", False):
             remedy = "load the model anew, and call fuse_qkv_projections at the end, on the folded model"
@@ -157,15 +162,16 @@ def sparsify(
 
     Args:
         pattern: N:M for every layer.
-        include, exclude: globs on layer names ("mid_block.*"). `exclude` defaults to the papers' rule for the model's class, or
-            a general one (`masking.dense`).
-        overrides: glob to pattern, for layers that get another one; the first glob that matches counts.
+        include: globs on the names of the layers that may become sparse ("mid_block.*").
+        exclude: globs on the names of the layers that stay dense; by default the papers' rule for the model's class, or the
+            general rule (`masking.dense`).
+        overrides: glob to pattern, for layers that get another pattern; the first glob that matches counts.
         decay: lambda of SR-STE, 2e-4 in the paper; 0 is the plain straight-through estimator.
         decay_mode: "gradient" adds the SR term to the gradient (the paper, so Adam normalises it); "decoupled" leaves it
             to `decay_pruned`, which the training loop calls after the optimiser's step.
-        frozen: keep the masks that the weights have now (as ASP does), instead of deriving them anew in every step.
-        bypassed: layers that stay dense as a mask would not reach all uses of their weights, and why; `models.students` finds
-            them.
+        frozen: keep the masks of the present weights (as ASP does), instead of deriving the masks anew in every step.
+        bypassed: layer to reason, for layers that stay dense because a mask would not reach all uses of their weights;
+            `models.students` finds these layers.
 
     Layers that stay dense carry the reason, see `sparsedm.report`.
 
@@ -206,15 +212,13 @@ def sparsify(
     if not converted:
         reasons = "; ".join(f"{name}: {module.dense_reason}" for name, module in list(layers.items())[:3])
         raise ValueError(f"no layer of {type(model).__name__} takes {pattern} ({reasons or 'it has no linear or conv layer'})")
-    for module in model.modules():
-        if hasattr(module, "save_pretrained"):
-            module.save_pretrained = types.MethodType(_save_folded, module)
+    save_as(model, fold)
     _watch(model)
     return model
 
 
 def _shared_weights(model: nn.Module) -> dict[str, str]:
-    """Layers whose weight other modules use, too: they would see the dense one in training, and the zeros once it is folded."""
+    """Layers whose weight other modules use, too: the others would see the dense weight until `fold`, then the zeros."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -249,7 +253,7 @@ def _check_globs(globs: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
 
 
 def why_dense(name: str, module: nn.Module, pattern: NMPattern, include: Sequence[str], excluded: Rule) -> str | None:
-    """Why a layer cannot or must not be sparse, or None if it will be."""
+    """Why a layer cannot or must not be sparse, or None for a layer that will be."""
     if not any(fnmatchcase(name, glob) for glob in include):
         return "not included"
     if reason := excluded(name):
@@ -273,10 +277,32 @@ def _leave(model: nn.Module, keep_mask: bool) -> nn.Module:
             with torch.no_grad():
                 module.weight.copy_(nm.masked(module.weight, module.mask()))
         _to_plain(module)
+    save_as_is(model)
     for module in model.modules():
-        module.__dict__.pop("save_pretrained", None)
         _unwatch(module)
     return model
+
+
+def save_as(model: nn.Module, plain: Callable[[nn.Module], nn.Module]) -> None:
+    """From now on diffusers' `save_pretrained` writes `plain(copy)`, for the model and for its parts that have this method.
+
+    The folder then holds the weights that the model computes with, in layers that any tool reads.
+    """
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):
+            module.save_pretrained = functools.partial(_save_plain, module, plain)
+
+
+def save_as_is(model: nn.Module) -> None:
+    """Undo `save_as`."""
+    for module in model.modules():
+        module.__dict__.pop("save_pretrained", None)
+
+
+def _save_plain(model: nn.Module, plain: Callable[[nn.Module], nn.Module], save_directory, **kwargs) -> None:
+    copied = plain(copy.deepcopy(model))
+    save_as_is(copied)
+    copied.save_pretrained(save_directory, **kwargs)
 
 
 def _to_plain(module: _NMLayer) -> None:
@@ -323,12 +349,6 @@ def folded(model: nn.Module) -> nn.Module:
     return fold(copy.deepcopy(model))
 
 
-def _save_folded(self: nn.Module, save_directory, **kwargs) -> None:
-    """diffusers' save_pretrained on a folded copy: the folder holds the sparse weights that the model computes with."""
-    copied = folded(self)
-    copied.save_pretrained(save_directory, **kwargs)
-
-
 def set_pattern(model: nn.Module, pattern: str | NMPattern) -> None:
     """Give every sparse-training layer another pattern; weights and optimiser state stay, frozen masks are taken anew.
 
@@ -348,7 +368,8 @@ def set_pattern(model: nn.Module, pattern: str | NMPattern) -> None:
 def set_loss_scale(model: nn.Module, scale: float) -> None:
     """Tell the layers by what factor the loss goes backward (a part of a batch, float16's loss scaling).
 
-    The decay is no part of the loss: without this its share of the gradient would grow or vanish when gradients are scaled back.
+    The decay is no part of the loss: without this factor the decay's share of the gradient would grow or vanish when gradients
+    are scaled back.
     """
     for _, module in nm_layers(model):
         module.loss_scale = float(scale)
@@ -365,15 +386,15 @@ def decay_pruned(model: nn.Module, lr: float) -> None:
 
 
 def patterns(model: nn.Module) -> dict[str, NMPattern]:
-    """The N:M pattern of every layer that has one: set (sparse-training layers) or found in the weights (folded ones)."""
-    found, unused = {}, never_called(model)
+    """The N:M pattern of every layer that has one: set (sparse-training layers) or read off the weights (folded ones)."""
+    by_name, unused = {}, never_called(model)
     for name, module in weight_layers(model):
         if name in unused or isinstance(module, TRANSPOSED):
             continue
         pattern = module.pattern if isinstance(module, _NMLayer) else nm.detect(module.weight)
         if pattern is not None and pattern.n < pattern.m:
-            found[name] = pattern
-    return found
+            by_name[name] = pattern
+    return by_name
 
 
 def masks(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -69,19 +69,22 @@ def mask(weight: torch.Tensor, pattern: NMPattern | str) -> torch.Tensor:
     groups = grouped(weight.detach(), pattern.m)
     if pattern.n == pattern.m:
         return torch.ones_like(weight, dtype=torch.bool)
-    keep = (_keep_by_pairs if pattern.m <= _PAIRWISE_MAX_M else _keep_by_selection)(_magnitude(groups), pattern.n)
-    return keep.movedim(0, 2).reshape(weight.shape).contiguous()
+    keep = _keep_by_pairs if pattern.m <= _PAIRWISE_MAX_M else _keep_by_selection
+    kept = keep(_magnitude(groups), pattern.n)  # [m, out, in / m, rest]
+    kept = kept.movedim(0, 2)  # [out, in / m, m, rest]
+    return kept.reshape(weight.shape).contiguous()  # [out, in, ...]
 
 
 def masked(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """`weight` with exact +0 where `mask` is False. As bits, several times faster than `torch.where` on a CPU."""
-    bits = _BITS[weight.element_size()]
+    bits = _BITS[weight.element_size()]  # the integer type as wide as the weights
     return weight.view(bits).bitwise_and(mask.to(bits).neg_()).view(weight.dtype)
 
 
 def _magnitude(groups: torch.Tensor) -> torch.Tensor:
     """Orderable integers of |w|, one contiguous slice per position in the group: [m, out, in / m, rest]."""
-    return groups.abs().view(_BITS[groups.element_size()]).movedim(2, 0).contiguous()
+    bits = groups.abs().view(_BITS[groups.element_size()])  # [out, in / m, m, rest]
+    return bits.movedim(2, 0).contiguous()
 
 
 def _keep_by_pairs(magnitude: torch.Tensor, n: int) -> torch.Tensor:

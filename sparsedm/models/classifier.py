@@ -1,4 +1,4 @@
-"""The small glyph classifier: it reads generated characters; its features replace Inception's where there is no network."""
+"""The small glyph classifier, which reads generated characters; its features replace Inception's where there is no network."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ FEATURES = 64
 
 
 class GlyphClassifier(ModelMixin, ConfigMixin):
-    """Grey pictures [B, 1, 16, 16] in [-1, 1] to class logits [B, classes]; `features` gives the 64 numbers before them."""
+    """Grey pictures [B, 1, 16, 16] in [-1, 1] to class logits [B, classes]; `features` gives the 64 numbers before the logits."""
 
     @register_to_config
     def __init__(self, width: int = 32, classes: int = 36):

@@ -16,17 +16,18 @@ from ..masking import dense
 Inputs = dict[str, Any]  # keyword arguments of a call: tensors, and dicts of tensors (added_cond_kwargs)
 Zeros = Callable[..., torch.Tensor]  # zeros(*shape): [B, *shape] in the dtype and on the device of the model
 
-# Tokens of text that the classes' pipelines give them by default.
+# Tokens of text that each class gets from its pipeline by default.
 CLIP_TOKENS, PIXART_TOKENS, SD3_TOKENS, FLUX_TOKENS = 77, 120, 333, 512
 FLUX_SIDE = 128  # of the latents in FluxPipeline (pictures of 1024x1024), which its config does not tell
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two layers of a block whose channels Diff-Pruning removes together: what `writer` puts out, `reader` takes in.
+    """Two layers of a block whose channels structured pruning (Diff-Pruning) removes together.
 
     Attributes:
-        writer, reader: their names in the block.
+        writer: name, in the block, of the layer whose outputs these channels are.
+        reader: name, in the block, of the layer whose inputs these channels are.
         heads: name of the module whose `num_heads` says in how many equal parts the channels stay or go; None for one by one.
     """
 
@@ -36,13 +37,13 @@ class Pair:
 
 
 class Denoiser:
-    """A family of denoisers. This one is called as `model(sample, timestep)`, with `class_labels` if it has classes.
+    """A family of denoisers; this base class calls `model(sample, timestep)`, with `class_labels` if the model has classes.
 
     Attributes:
-        picture: the argument that takes the noisy picture.
-        flow: whether it predicts noise - picture (rectified flow).
+        picture: name of the argument that takes the noisy picture.
+        flow: whether the model predicts noise - picture (rectified flow).
         dense: globs of the layers that stay dense by default; None for the general rule (`masking.dense`).
-        pairs: of all its blocks, for Diff-Pruning; None: torch-pruning traces the channels, back from `conv_out`.
+        pairs: the pairs of layers in the blocks, for Diff-Pruning; None: torch-pruning traces the channels, back from `conv_out`.
     """
 
     picture: str = "sample"
@@ -51,17 +52,17 @@ class Denoiser:
     pairs: tuple[Pair, ...] | None = None
 
     def shape(self, model: nn.Module) -> tuple[int, ...]:
-        """The shape of one picture. Raises ValueError if the config does not tell it."""
+        """The shape of one picture. Raises ValueError if the config does not tell the shape."""
         channels, size = _picture_config(model)
         return (channels, size, size) if isinstance(size, int) else (channels, *size)
 
     def null_label(self, model: nn.Module) -> int | None:
-        """As the function."""
+        """As the function `null_label`."""
         classes = getattr(model.config, "num_classes", None) or getattr(model.config, "num_class_embeds", None)
         return None if classes is None else classes - 1
 
     def conditioning(self, model: nn.Module, zeros: Zeros) -> Inputs:
-        """The further arguments that the data must bring. Raises ValueError if the config does not tell them."""
+        """The further arguments that the data must bring. Raises ValueError if the config does not tell their shapes."""
         return {} if self.null_label(model) is None else {"class_labels": zeros().long()}
 
     def inputs(self, model: nn.Module, zeros: Zeros) -> Inputs:
@@ -101,11 +102,11 @@ class _TextUNet(_UNet):
         other = [f"{key} {kind!r}" for key, kind in kinds.items() if kind and (key, kind) != ("addition_embed_type", "text_time")]
         if other:
             raise ValueError(f"{type(model).__name__} with {', '.join(other)} is not known here; pass inputs={{...}}")
-        found = {"encoder_hidden_states": zeros(CLIP_TOKENS, dim if isinstance(dim, int) else dim[0])}
+        text = {"encoder_hidden_states": zeros(CLIP_TOKENS, dim if isinstance(dim, int) else dim[0])}
         if kinds["addition_embed_type"]:
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            found["added_cond_kwargs"] = {"text_embeds": zeros(pooled), "time_ids": zeros(6)}
-        return found | super().conditioning(model, zeros)
+            text["added_cond_kwargs"] = {"text_embeds": zeros(pooled), "time_ids": zeros(6)}
+        return text | super().conditioning(model, zeros)
 
 
 class _VideoUNet(_TextUNet):
@@ -119,7 +120,7 @@ class _AudioUNet(Denoiser):
 
 
 class _Transformer(Denoiser):
-    """They call the picture `hidden_states`, order their other arguments each in its way, and want t [B]."""
+    """Transformers call the picture `hidden_states`, each class orders its other arguments in its own way, and t is [B]."""
 
     picture = "hidden_states"
 
@@ -129,16 +130,16 @@ class _Transformer(Denoiser):
 
 class _DiT(_Transformer):
     def null_label(self, model: nn.Module) -> int | None:
-        return model.config.num_embeds_ada_norm  # its table has one row more
+        return model.config.num_embeds_ada_norm  # the label table has one row more
 
 
 class _PixArt(_Transformer):
     def conditioning(self, model: nn.Module, zeros: Zeros) -> Inputs:
         dim = model.config.caption_channels or model.config.cross_attention_dim
-        found = {"encoder_hidden_states": zeros(PIXART_TOKENS, dim)}
+        arguments = {"encoder_hidden_states": zeros(PIXART_TOKENS, dim)}
         if model.use_additional_conditions:
-            found["added_cond_kwargs"] = {"resolution": zeros(2), "aspect_ratio": zeros(1)}
-        return found
+            arguments["added_cond_kwargs"] = {"resolution": zeros(2), "aspect_ratio": zeros(1)}
+        return arguments
 
 
 class _SD3(_Transformer):
@@ -151,7 +152,7 @@ class _SD3(_Transformer):
 
 
 class _Flux(_SD3):
-    """FluxTransformer2DModel takes 2x2 patches of the latents as tokens, where they are, and t in 0..1."""
+    """FluxTransformer2DModel takes 2x2 patches of the latents as tokens, the positions of these tokens, and t in 0..1."""
 
     tokens = FLUX_TOKENS
 
@@ -163,26 +164,31 @@ class _Flux(_SD3):
         return super().conditioning(model, zeros) | guidance
 
     def inputs(self, model: nn.Module, zeros: Zeros) -> Inputs:
-        found = super().inputs(model, zeros)
-        positions = self._positions(found["hidden_states"], found["encoder_hidden_states"])
-        return found | {"hidden_states": self._patches(found["hidden_states"]), "timestep": zeros()} | positions
+        arguments = super().inputs(model, zeros)
+        latents = arguments["hidden_states"]
+        positions = self._positions(latents, arguments["encoder_hidden_states"])
+        return arguments | {"hidden_states": self._patches(latents), "timestep": zeros()} | positions
 
     def predict(self, model: nn.Module, x: torch.Tensor, t: torch.Tensor, conditioning: Inputs) -> torch.Tensor:
         positions = self._positions(x, conditioning["encoder_hidden_states"])
-        y = super().predict(model, self._patches(x), t / 1000, conditioning | positions)
-        height, width = x.shape[-2] // 2, x.shape[-1] // 2
-        return y.unflatten(1, (height, width)).unflatten(-1, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        y = super().predict(model, self._patches(x), t / 1000, conditioning | positions)  # [B, (H/2)(W/2), 4 C]
+        y = y.unflatten(1, (x.shape[-2] // 2, x.shape[-1] // 2))  # [B, H/2, W/2, 4 C]
+        y = y.unflatten(-1, (-1, 2, 2))  # [B, H/2, W/2, C, 2, 2]
+        y = y.permute(0, 3, 1, 4, 2, 5)  # [B, C, H/2, 2, W/2, 2]
+        return y.flatten(4).flatten(2, 3)  # [B, C, H, W]
 
     @staticmethod
     def _patches(x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] to tokens [B, (H/2)(W/2), 4 C], channel slowest."""
         x = x.unflatten(-1, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, H/2, 2, W/2, 2]
-        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x = x.permute(0, 2, 4, 1, 3, 5)  # [B, H/2, W/2, C, 2, 2]
+        return x.flatten(3).flatten(1, 2)  # [B, (H/2)(W/2), 4 C]
 
     @staticmethod
     def _positions(x: torch.Tensor, text: torch.Tensor) -> Inputs:
+        """Where each patch of x [B, C, H, W] and each token of text [B, tokens, dim] stands; text has no place."""
         rows, columns = (torch.arange(size // 2).to(x) for size in x.shape[-2:])
-        grid = torch.cartesian_prod(torch.zeros(1).to(x), rows, columns)
+        grid = torch.cartesian_prod(torch.zeros(1).to(x), rows, columns)  # [(H/2)(W/2), 3]: 0, row, column
         return {"img_ids": grid, "txt_ids": x.new_zeros(text.shape[1], 3)}
 
 
@@ -213,13 +219,14 @@ def _plain(model: nn.Module) -> nn.Module:
 
 
 def refuse_unknown(model: nn.Module, remedy: str) -> None:
-    """Raise ValueError, with `remedy`, for a class of diffusers without a family, or one of your own that takes no (x, t).
+    """Raise ValueError, with `remedy`, for a class of diffusers without a family, or a class of your own that takes no (x, t).
 
-    What diffusers' classes take and predict follows no rule; those of your own are called as their family or `Denoiser` is.
+    The arguments and predictions of diffusers' classes follow no rule. A class of your own is called as its family, or as
+    `Denoiser`.
     """
     model = _plain(model)
-    theirs = [cls for cls in type(model).__mro__ if _of_diffusers(cls)]
-    unknown = _of_diffusers(type(model).forward) and theirs[0].__name__ not in FAMILIES
+    parents = [cls for cls in type(model).__mro__ if _of_diffusers(cls)]
+    unknown = _of_diffusers(type(model).forward) and parents[0].__name__ not in FAMILIES
     if unknown or not _takes_two(model.forward):
         known = ", ".join(FAMILIES)
         raise ValueError(f"{type(model).__name__} is none of the classes that this package can call ({known}); {remedy}")
@@ -238,10 +245,10 @@ def _takes_two(function: Callable) -> bool:
 
 
 def example_inputs(model: nn.Module, batch: int = 1) -> Inputs:
-    """Zeros as `model` takes them, in its dtype and on its device: the keyword arguments of one call for `batch` pictures.
+    """The keyword arguments of one call of `model` for `batch` pictures: zeros in its dtype and on its device.
 
     Raises:
-        ValueError: a class that is not known, or a config that does not tell their shapes.
+        ValueError: a class that is not known, or a config that does not tell the shapes.
     """
     refuse_unknown(model, "pass inputs={...}")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -249,7 +256,7 @@ def example_inputs(model: nn.Module, batch: int = 1) -> Inputs:
 
 
 def require(model: nn.Module, given: Collection[str], remedy: str) -> None:
-    """Raise ValueError, with `remedy`, unless all that conditions `model` is among the arguments `given`."""
+    """Raise ValueError, with `remedy`, unless the names in `given` include every argument that conditions `model`."""
     try:
         needed = of(model).conditioning(model, lambda *shape: torch.empty(shape, device="meta"))
     except ValueError:
@@ -260,23 +267,23 @@ def require(model: nn.Module, given: Collection[str], remedy: str) -> None:
 
 
 def null_label(model: nn.Module) -> int | None:
-    """The label that means "no class" (the last of the table), or None for a model without labels."""
+    """The label that means "no class" (the last row of the label table), or None for a model without labels."""
     return of(model).null_label(model)
 
 
 def picture_size(model: nn.Module) -> int | None:
-    """Height and width of its pictures, or None if they are not square or the config does not tell."""
+    """Height and width of the model's pictures, or None if the pictures are not square or the config does not tell."""
     size = getattr(getattr(model, "config", None), "sample_size", None)
     return size if isinstance(size, int) else None
 
 
 def predicts_variance(model: nn.Module) -> bool:
-    """Whether `model` predicts a variance beside the noise, in as many channels more."""
+    """Whether `model` predicts a variance beside the noise: twice as many channels as the picture has."""
     return getattr(model.config, "out_channels", None) == 2 * getattr(model.config, "in_channels", 0)
 
 
 def each(function: Callable[[torch.Tensor], Any], inputs: Any) -> Any:
-    """`inputs` with `function` applied to every tensor in it, those in nested dicts, too."""
+    """`inputs` with `function` applied to every tensor, also to the tensors in nested dicts."""
     if isinstance(inputs, Mapping):
         return {name: each(function, value) for name, value in inputs.items()}
     return function(inputs) if isinstance(inputs, torch.Tensor) else inputs

@@ -1,4 +1,4 @@
-"""One call of a model to see how often each layer runs, and on what: without arithmetic, on the meta device, where that works."""
+"""A dry run: one call of a model that shows how often each layer runs, and on which shapes; on the meta device where possible."""
 
 import copy
 import functools
@@ -20,31 +20,31 @@ def positions(
 ) -> dict[str, int]:
     """How many positions (tokens, pixels) each linear, convolution or packed layer computes in one call, by name.
 
-    Those of a transposed convolution are the pixels that it reads.
+    For a transposed convolution the pixels of its input are counted.
 
     Args:
         inputs: keyword arguments of the call; by default `denoisers.example_inputs(model)`. With `inputs`, a model that does
-            not run on the meta device, as it computes with the values of its tensors, is called for real.
-        observer: a context to be active during the call; entered anew it must begin anew.
+            not run on the meta device, because it computes with the values of its tensors, is called for real.
+        observer: a context that is active during the call; each time it is entered it must begin anew.
 
     Raises:
-        ValueError: no `inputs`, and a class or a config that does not tell what they would be.
+        ValueError: no `inputs`, and a class or a config from which they cannot be made.
     """
 
     def run(shadow: nn.Module, inputs: Mapping) -> dict[str, int]:
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
 
         def watch(name: str, layer: nn.Module, forward: Callable, input: torch.Tensor, *args, **kwargs) -> torch.Tensor:
             output = forward(input, *args, **kwargs)
-            seen = input if isinstance(layer, TRANSPOSED) else output
+            counted = input if isinstance(layer, TRANSPOSED) else output
             axes = len(layer.weight.shape)
-            found[name] = found.get(name, 0) + seen.numel() // seen.shape[-1 if axes == 2 else 1 - axes]
+            counts[name] = counts.get(name, 0) + counted.numel() // counted.shape[-1 if axes == 2 else 1 - axes]
             return output
 
         _wrap_layers(shadow, watch)
         with observer or nullcontext():
             shadow(**inputs)
-        return found
+        return counts
 
     return _dry(model, inputs, run)
 
@@ -53,23 +53,23 @@ def input_shapes(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = N
     """The shape of each layer's input in its last call; arguments as `positions`."""
 
     def run(shadow: nn.Module, inputs: Mapping) -> dict[str, tuple[int, ...]]:
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
 
         def watch(name: str, layer: nn.Module, forward: Callable, input: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-            found[name] = tuple(input.shape)
+            shapes[name] = tuple(input.shape)
             return forward(input, *args, **kwargs)
 
         _wrap_layers(shadow, watch)
         shadow(**inputs)
-        return found
+        return shapes
 
     return _dry(model, inputs, run)
 
 
 def bypassed(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) -> dict[str, str]:
-    """The layers whose forward is not all that uses their weight in one call, and why; arguments as `positions`.
+    """The layers whose weight one call uses outside of their forward, and why; arguments as `positions`.
 
-    A mask in their forward would not hold elsewhere: `F.linear(x, self.layer.weight)`, `F.multi_head_attention_forward`.
+    A mask in the forward would not reach such a use: `F.linear(x, self.layer.weight)`, `F.multi_head_attention_forward`.
     """
 
     def run(shadow: nn.Module, inputs: Mapping) -> dict[str, str]:
@@ -84,19 +84,19 @@ def bypassed(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None)
         _wrap_layers(shadow, watch)
         with readers:
             shadow(**inputs)
-        elsewhere = dict.fromkeys(readers.found & called, "its weight is used outside of its forward, too")
+        elsewhere = dict.fromkeys(readers.names & called, "its weight is used outside of its forward, too")
         return elsewhere | dict.fromkeys(layers.keys() - called, NEVER_CALLED)
 
     return _dry(model, inputs, run)
 
 
 class _OutsideReads(TorchDispatchMode):
-    """Finds the layers whose weights are computed with while their forward does not run."""
+    """Collects in `names` the layers whose weights are computed with while their forward does not run."""
 
     def __init__(self, layers: Mapping[str, nn.Module]):
         super().__init__()
-        self.found: set[str] = set()
-        self._names = {_storage(layer.weight): name for name, layer in layers.items()}
+        self.names: set[str] = set()
+        self._name_of = {_storage(layer.weight): name for name, layer in layers.items()}
         self._running: list[str] = []
 
     @contextmanager
@@ -106,22 +106,22 @@ class _OutsideReads(TorchDispatchMode):
         self._running.pop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made_alike = func.overloadpacket.__name__.startswith("new_") or func.overloadpacket.__name__.endswith("_like")
-        if not made_alike:  # which read dtype, device and shape alone
+        name = func.overloadpacket.__name__
+        if not name.startswith("new_") and not name.endswith("_like"):  # these read dtype, device and shape alone
             tensors = (x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
-            self.found |= {self._names.get(_storage(x), "") for x in tensors} - {"", *self._running}
+            self.names |= {self._name_of.get(_storage(x), "") for x in tensors} - {"", *self._running}
         return func(*args, **(kwargs or {}))
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """What a tensor has in common with its views and with `tensor.data`."""
+    """A number that a tensor has in common with its views and with `tensor.data`."""
     return tensor.untyped_storage()._cdata
 
 
 def _dry(model: nn.Module, inputs: Mapping | None, run: Callable[[nn.Module, Mapping], Any]) -> Any:
-    """`run(shadow, inputs)` on meta copies; where that fails, and `inputs` are given, with the values of the tensors.
+    """`run(shadow, inputs)` on meta copies; where that fails, and the caller gave `inputs`, with the values of the tensors.
 
-    The shadow is the model in eval mode with other module objects, sparse-training layers as plain ones.
+    The shadow is a copy of the model's modules in eval mode, with plain layers in the place of sparse-training layers.
     """
     guessed = not inputs
     inputs = inputs or example_inputs(model)
@@ -145,18 +145,18 @@ def _wrap_layers(shadow: nn.Module, watch: Callable) -> None:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy without storage; sparse-training layers become plain ones of the same shape."""
+    """A copy of the model without storage; sparse-training layers become plain layers of the same shape."""
 
     def empty(tensor: torch.Tensor) -> torch.Tensor:
-        made = torch.empty_like(tensor, device="meta")
-        return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+        meta = torch.empty_like(tensor, device="meta")
+        return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
 
     return _plain(structure_of(model, empty))
 
 
 def structure_of(model: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor) -> nn.Module:
-    """A copy of the modules whose parameters and buffers are `tensor(those of the model)`: by default the very same."""
-    return copy.deepcopy(model, {id(each): tensor(each) for each in (*model.parameters(), *model.buffers())})
+    """A copy of the modules, with `tensor(x)` for every parameter and buffer x of the model: by default x itself."""
+    return copy.deepcopy(model, {id(x): tensor(x) for x in (*model.parameters(), *model.buffers())})
 
 
 def _plain(model: nn.Module) -> nn.Module:

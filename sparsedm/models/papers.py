@@ -1,4 +1,4 @@
-"""The papers' models, by name: their configurations, and what was published about them."""
+"""The papers' models, by name: their configurations, and the published parameters, MACs and FID."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -11,7 +11,16 @@ from .uvit import UViTModel
 
 @dataclass(frozen=True)
 class PaperModel:
-    """A configuration from a paper, with what was published: millions of parameters, G MACs, FID ("" where not found)."""
+    """A configuration from a paper, with the published numbers.
+
+    Attributes:
+        cls: the class of the model.
+        config: its arguments.
+        params_m: millions of parameters.
+        gmacs: multiply-accumulates of one call on one picture, in units of 10^9.
+        fid: the published FID, None where none was published.
+        source: where the numbers stand.
+    """
 
     cls: type[ModelMixin]
     config: dict = field(repr=False)

@@ -1,4 +1,4 @@
-"""Sparse students: `sparsify` by the rules of the layers, and by what one call of the model tells about them."""
+"""Sparse students: `sparsify` by the rules for layer names, and by a dry run that shows how one call uses the weights."""
 
 from collections.abc import Mapping
 
@@ -15,14 +15,14 @@ def sparsify(
 ) -> nn.Module:
     """Turn the linear and convolution layers of `model` into sparse-training layers, in place; returns the model.
 
-    A dry run finds the layers whose forward is not all that uses their weight. A mask would hold in a part of the model only,
-    until `fold` writes zeros into the weight: such layers stay dense, and `sparsedm.report` says why.
+    A dry run finds the layers whose weight is used outside of their forward, too. In training a mask would not reach such a
+    use, but the zeros that `fold` writes would: these layers stay dense, and `sparsedm.report` says why.
 
     Args:
         pattern: N:M for every layer.
-        inputs: keyword arguments of one call, for models whose config does not tell their shapes. Without them the dry run
-            is left out for such a model; then `fold` leaves layers dense whose forward no call of the model has run.
-        **rules: include, exclude, overrides, decay, decay_mode and frozen, as `masking.layers.sparsify` has them.
+        inputs: keyword arguments of one call, for models whose config does not tell their shapes. Without `inputs` such a model
+            gets no dry run; then `fold` leaves layers dense whose forward no call of the model has run.
+        **rules: include, exclude, overrides, decay, decay_mode and frozen of `masking.layers.sparsify`.
 
     Raises:
         ValueError: as `masking.layers.sparsify`, and `inputs` that the model does not take raise what the model raises.

@@ -30,7 +30,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, patch_size, patch_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        x = self.proj(x)  # [B, D, H/p, W/p]
+        return x.flatten(2).transpose(1, 2)  # [B, (H/p)(W/p), D]
 
 
 class Attention(nn.Module):
@@ -44,9 +45,10 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, tokens, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x [B, heads, T, d]
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1)  # [B, T, 3, heads, d]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x [B, heads, T, d]
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, T, d]
+        return self.proj(x.transpose(1, 2).flatten(2))  # [B, T, D]
 
 
 class Mlp(nn.Module):
@@ -63,7 +65,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; with `skip` it first merges a long skip connection."""
+    """Pre-norm transformer block on tokens [B, T, D]; with `skip` the block first merges a long skip connection."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, norm_eps: float, skip: bool = False):
         super().__init__()
@@ -85,13 +87,18 @@ class UViTModel(ModelMixin, ConfigMixin):
 
     Args:
         sample_size: height and width of the input.
-        in_channels: its channels; the output has as many.
-        patch_size, embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the transformer; `depth` // 2 blocks go in, one is in
-            the middle, `depth` // 2 come out.
+        in_channels: channels of the input; the output has as many.
+        patch_size: height and width of a patch in pixels.
+        embed_dim: width D of a token.
+        depth: blocks beside the middle one: `depth` // 2 before it, `depth` // 2 with long skip connections after it.
+        num_heads: heads of each attention.
+        mlp_ratio: width of the hidden layer of each MLP, as a multiple of `embed_dim`.
+        qkv_bias: whether queries, keys and values have a bias.
         num_classes: size of the label table, the unconditional label (the last) included; None for no label token.
-        context_dim, context_tokens: of the text features of the text-to-image models; None for no text.
+        context_dim: width of the text features of the text-to-image models; None for no text.
+        context_tokens: number of text tokens.
         conv: end with a 3x3 convolution (official: all but the Huge models).
-        norm_eps: of the layer norms.
+        norm_eps: the epsilon of the layer norms.
 
     Raises:
         ValueError: sizes that do not divide, or are not positive.
@@ -183,8 +190,8 @@ class UViTModel(ModelMixin, ConfigMixin):
         for block in self.out_blocks:
             x = self._run(block, x, skips.pop())
         # 3. back to pixels
-        x = self.decoder_pred(self.norm(x))[:, self.extras :]
-        x = self.final_layer(self._unpatchify(x))
+        x = self.decoder_pred(self.norm(x))[:, self.extras :]  # [B, L, p * p * C]
+        x = self.final_layer(self._unpatchify(x))  # [B, C, H, W]
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     def _run(self, block: "Block", *args: torch.Tensor) -> torch.Tensor:
@@ -199,8 +206,9 @@ class UViTModel(ModelMixin, ConfigMixin):
     def _unpatchify(self, x: torch.Tensor) -> torch.Tensor:
         """[B, L, p * p * C], channel fastest, to [B, C, H, W]."""
         p, side = self.config.patch_size, self.config.sample_size // self.config.patch_size
-        x = x.view(x.shape[0], side, side, p, p, self.config.in_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, side * p, side * p)
+        x = x.view(x.shape[0], side, side, p, p, self.config.in_channels)  # [B, H/p, W/p, p, p, C]
+        x = x.permute(0, 5, 1, 3, 2, 4)  # [B, C, H/p, p, W/p, p]
+        return x.reshape(x.shape[0], -1, side * p, side * p)  # [B, C, H, W]
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What all packed layers share."""
+"""The base class of all packed layers."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ class PackedLayer(nn.Module):
     Attributes:
         pattern: N:M.
         weight_shape: [out, in, ...] of the dense weight.
-        times: what "auto" measured, or None.
+        times: the `tuning.Times` that "auto" measured, or None.
     """
 
     def __init__(self, plain: nn.Linear | nn.Conv2d, pattern: NMPattern | str):
@@ -22,7 +22,7 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """What the dense weight was: shape, dtype and device. It has no values: `dense_weight()` makes them."""
+        """Shape, dtype and device of the dense weight, without its values, which `dense_weight()` computes."""
         kept = self.kept()
         return _NoWeight(self.weight_shape, kept.dtype, kept.device)
 
@@ -48,7 +48,7 @@ class PackedLayer(nn.Module):
 
 
 class _NoWeight(torch.Tensor):
-    """A tensor of which there are shape, dtype and device, and nothing to compute with."""
+    """A tensor that has a shape, a dtype and a device, and no values to compute with."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 

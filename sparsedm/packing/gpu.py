@@ -1,7 +1,7 @@
 """2:4 layers on NVIDIA GPUs of compute capability 8.0 and up, through torch's semi-structured sparse tensors.
 
 Linear layers and 1x1 convolutions in float16 or bfloat16; neither torch nor cuDNN has larger sparse convolutions. torch cuts a
-weight that is not 2:4 down without a word, so it is verified first.
+weight that is not 2:4 down without a warning, so every weight is verified first.
 """
 
 import warnings
@@ -19,7 +19,10 @@ from .base import PackedLayer
 class SemiStructuredLayer(PackedLayer):
     """`nn.Linear`, or a 1x1 `nn.Conv2d`, whose weight [out, in] is compressed. For inference.
 
-    `like` is an empty parameter, for code that asks a layer's parameters for their dtype or device.
+    Attributes:
+        compressed: torch's semi-structured tensor of the weight.
+        like: an empty parameter, for code that asks a layer's parameters for their dtype or device.
+        bias: [out], or None.
     """
 
     def __init__(self, plain: nn.Linear | nn.Conv2d, pattern: NMPattern | str):

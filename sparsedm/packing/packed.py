@@ -5,7 +5,6 @@ layers back, bit for bit. `sparsedm.report` tells which layers are packed, and w
 """
 
 import copy
-import functools
 import math
 import zlib
 from collections.abc import Mapping
@@ -111,15 +110,16 @@ def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: Inp
     """Pack layers of `model` in place; returns the model, folded and in eval mode.
 
     Args:
-        backend: "auto" times every distinct layer against its dense form, with the inputs that `batch` pictures give it, and
-            keeps the faster, and the whole model likewise; "kernel" packs all that a kernel serves.
-        inputs: of one call on one picture, for models whose config does not tell their shapes.
+        backend: "auto" times every distinct layer against its dense form and keeps the faster, and the whole model likewise;
+            "kernel" packs every layer that a kernel serves.
+        batch: how many pictures the timed calls take.
+        inputs: keyword arguments of one call on one picture, for models whose config does not tell their shapes.
 
     Raises:
         ValueError: unknown backend, a model with no N:M sparse layer, or, for "auto", one whose config does not tell the shapes
             of its inputs.
 
-    Whatever is raised, also by the model when it is timed: nothing is changed then.
+    Whatever is raised, also by the model when it is timed: the model is unchanged then.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
@@ -147,35 +147,30 @@ def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: Inp
         model.get_submodule(name).dense_reason = reason
     for name, layer in packed.items():
         _replace(model, name, layer)
-    if packed and hasattr(model, "save_pretrained"):
-        model.save_pretrained = functools.partial(_save_unpacked, model)
+    if packed:
+        layers.save_as(model, unpack)
     return model
 
 
 def _folded_beside(model: nn.Module) -> nn.Module:
-    """A folded copy in eval mode. It shares all tensors with the model but the weights that folding changes."""
+    """A folded copy in eval mode, which shares all tensors with the model but the weights that folding changes."""
     masked = {id(module.weight) for _, module in layers.nm_layers(model)}
-    return layers.fold(dryrun.structure_of(model, lambda each: copy.deepcopy(each) if id(each) in masked else each)).eval()
+    return layers.fold(dryrun.structure_of(model, lambda x: copy.deepcopy(x) if id(x) in masked else x)).eval()
 
 
 def _too_slow(
     module: nn.Module, pattern: NMPattern, shape: tuple[int, ...] | None, batch: int
 ) -> tuple[str, tuning.Times | None]:
-    """Why "auto" does not pack a layer, or "", and its times; `shape` is that of its input for one picture."""
+    """Why "auto" does not pack a layer, or "", and its times; `shape` is the shape of its input for one picture."""
     if shape is None:
         return layers.NEVER_CALLED, None
-    found = _times(module, pattern, (batch, *shape[1:]))
-    return "" if found.gain >= FASTER else f"its packed kernel is no faster here ({found})", found
+    times = _times(module, pattern, (batch, *shape[1:]))
+    return "" if times.gain >= FASTER else f"its packed kernel is no faster here ({times})", times
 
 
 def _batched(inputs: Inputs, batch: int) -> Inputs:
     """The inputs of one picture, `batch` times."""
     return each(lambda x: x.repeat(batch, *[1] * (x.dim() - 1)) if x.dim() and x.shape[0] == 1 else x, inputs)
-
-
-def _save_unpacked(self: nn.Module, save_directory, **kwargs) -> None:
-    """diffusers' save_pretrained on an unpacked copy: the folder that any tool reads."""
-    unpack(copy.deepcopy(self)).save_pretrained(save_directory, **kwargs)
 
 
 def _why_slower(dense: nn.Module, packed: Mapping[str, PackedLayer], inputs: Inputs) -> str:
@@ -196,15 +191,15 @@ def _why_slower(dense: nn.Module, packed: Mapping[str, PackedLayer], inputs: Inp
             _replace(fast, name, layer)
         return {"dense": lambda: dense(**inputs), "packed": lambda: fast(**inputs)}
 
-    found = tuning.times(key, variants, rounds=7)
-    return "" if found.gain >= WHOLE_FASTER else f"the whole model is no faster packed ({found})"
+    times = tuning.times(key, variants, rounds=7)
+    return "" if times.gain >= WHOLE_FASTER else f"the whole model is no faster packed ({times})"
 
 
 _PACKED_CLASS = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
 
 
 def packed_layer(plain: nn.Linear | nn.Conv2d, pattern: NMPattern | str) -> nn.Module:
-    """The packed form of one layer, for its device. Raises ValueError if it is not `pattern` sparse, or no kernel serves it."""
+    """The packed form of one layer, for its device. Raises ValueError for a layer not `pattern` sparse, or without a kernel."""
     if plain.weight.is_cuda:
         return SemiStructuredLayer(plain, pattern)
     reason = why_not(plain, NMPattern.parse(pattern))
@@ -266,9 +261,11 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def unpack(model: nn.Module) -> nn.Module:
     """Back to plain layers with the same weights, bit for bit, in place; returns the model."""
-    for name, module in [(n, m) for n, m in model.named_modules() if is_packed(m)]:
+    packed = [(name, module) for name, module in model.named_modules() if is_packed(module)]
+    for name, module in packed:
         _replace(model, name, module.plain())
-    model.__dict__.pop("save_pretrained", None)
+    if packed:
+        layers.save_as_is(model)
     return model
 
 

@@ -41,12 +41,12 @@ def pack(weight: torch.Tensor, pattern: NMPattern | str) -> tuple[torch.Tensor, 
         raise ValueError(
             f"the weight {list(weight.shape)} is not {pattern}: {violations} groups hold more nonzeros; fold it first"
         )
-    groups = _rows(weight.detach()).reshape(len(weight), -1, pattern.m)
-    kept = _rows(nm.mask(weight, pattern)).reshape(groups.shape)
-    positions = kept.nonzero()[:, -1].reshape(len(weight), -1, pattern.n)
-    values = groups.gather(-1, positions).flatten(1) + 0.0  # -0.0 + 0.0 is +0.0
+    groups = _rows(weight.detach()).reshape(len(weight), -1, pattern.m)  # [out, groups, M]
+    kept = _rows(nm.mask(weight, pattern)).reshape(groups.shape)  # [out, groups, M]
+    positions = kept.nonzero()[:, -1].reshape(len(weight), -1, pattern.n)  # [out, groups, N]
+    values = groups.gather(-1, positions).flatten(1) + 0.0  # [out, groups * N]; -0.0 + 0.0 is +0.0
     bits = position_bits(pattern)
-    planes = (positions.reshape(-1, 1).cpu().numpy() >> np.arange(bits)) & 1
+    planes = (positions.reshape(-1, 1).cpu().numpy() >> np.arange(bits)) & 1  # [out * groups * N, bits]
     return values, torch.from_numpy(np.packbits(planes.astype(np.uint8).ravel(), bitorder="little"))
 
 
@@ -66,13 +66,15 @@ def unpack(values: torch.Tensor, positions: torch.Tensor, pattern: NMPattern | s
         raise ValueError(
             f"values {list(values.shape)} and {positions.numel()} bytes of positions do not make {list(shape)} at {pattern}"
         )
-    planes = np.unpackbits(positions.cpu().numpy().ravel(), count=count * bits, bitorder="little").reshape(-1, bits)
-    index = torch.from_numpy((planes.astype(np.int64) << np.arange(bits)).sum(1)).view(shape[0], groups, pattern.n)
+    planes = np.unpackbits(positions.cpu().numpy().ravel(), count=count * bits, bitorder="little")  # [out * groups * N * bits]
+    index = (planes.reshape(-1, bits).astype(np.int64) << np.arange(bits)).sum(1)  # [out * groups * N]
+    index = torch.from_numpy(index).view(shape[0], groups, pattern.n)  # [out, groups, N]
     if (index >= pattern.m).any() or (index.diff(dim=-1) <= 0).any():
         raise ValueError(f"positions are not increasing numbers below {pattern.m} in every group")
-    dense = values.new_zeros(shape[0], groups, pattern.m)
+    dense = values.new_zeros(shape[0], groups, pattern.m)  # [out, groups, M]
     dense.scatter_(-1, index.to(values.device), values.view(index.shape))
-    return dense.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+    dense = dense.reshape(shape[0], *shape[2:], shape[1])  # [out, ..., in]
+    return dense.movedim(-1, 1).contiguous()  # [out, in, ...]
 
 
 def _rows(weight: torch.Tensor) -> torch.Tensor:
@@ -87,7 +89,7 @@ def write(path: str | Path, state: Mapping[str, torch.Tensor], patterns: Mapping
 
     Raises:
         ValueError: a tensor is not sparse as its pattern says, by name.
-        OSError: it cannot be written; a previous file stays.
+        OSError: the file cannot be written; a previous file stays.
     """
     tensors, layers = {}, {}
     for name, tensor in state.items():

@@ -44,8 +44,8 @@ def times(key: tuple, variants: Callable[[], Mapping[str, Callable[[], object]]]
 
 def _measure(variants: Mapping[str, Callable[[], object]], rounds: int) -> Times:
     with torch.no_grad():
-        found = latency.interleaved(variants, rounds=rounds)
-    return Times(found["dense"].median, found["packed"].median, latency.ratio(found, "dense", "packed"))
+        timings = latency.interleaved(variants, rounds=rounds)
+    return Times(timings["dense"].median, timings["packed"].median, latency.ratio(timings, "dense", "packed"))
 
 
 def path() -> Path:

@@ -1,7 +1,7 @@
-"""Diff-Pruning (arXiv 2305.10924): channels scored by a Taylor expansion of the loss over selected timesteps, and removed.
+"""Diff-Pruning (arXiv 2305.10924), structured pruning: channels are scored by a Taylor expansion of the loss, and removed.
 
-`importance` accumulates gradients over the timesteps, `prune` removes the channels of the lowest scores once, and training goes
-on with `sparsedm.train`. With threshold 0 it is the plain Taylor baseline; magnitude and random scores need no gradients.
+`importance` accumulates gradients over selected timesteps, `prune` removes the channels of the lowest scores once, and training
+goes on with `sparsedm.train`. Threshold 0 gives the plain Taylor baseline; magnitude and random scores need no gradients.
 """
 
 import copy
@@ -24,7 +24,14 @@ SCORES = ("squared", "absolute", "magnitude", "random")
 
 @dataclass(frozen=True)
 class TimestepLoss:
-    """One timestep of `importance`: its noise-prediction loss, and whether its gradient counts (the last one's does not)."""
+    """One timestep of `importance`.
+
+    Attributes:
+        timestep: t, from 0.
+        timesteps: how many timesteps the noise schedule has.
+        loss: the noise-prediction loss at t.
+        used: whether the gradient at t counts; that of the last timestep may not.
+    """
 
     timestep: int
     timesteps: int
@@ -38,12 +45,12 @@ def importance(
     """Accumulate in the model's `.grad` the gradients of the noise loss at t = 0, 1, 2, ..., unweighted.
 
     All timesteps share the pictures [B, C, H, W], their labels [B] if the model takes any, and one noise (section 3.2 and the
-    official code). It stops before the first t whose loss is below `threshold` times the largest so far: noisy steps say little
-    about the picture. Models that predict velocity or the picture are scored by the noise that their prediction implies.
+    official code). The sum ends before the first t whose loss is below `threshold` times the largest so far: noisy steps say
+    little about the picture. Models that predict velocity or the picture are scored by the noise that their prediction implies.
 
     Raises:
         ValueError: a threshold outside [0, 1), or a model that this package cannot call or that takes more than labels.
-        FloatingPointError: a loss that is not finite (the timestep is named), or in the end a gradient (its parameter is).
+        FloatingPointError: a loss that is not finite (its timestep is named), or in the end a gradient (its parameter is named).
     """
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold {threshold} is not in [0, 1)")
@@ -121,7 +128,7 @@ def _check_score(kind: str) -> None:
 
 
 def check(model: nn.Module, ratio: float, score: str = "squared", round_to: int = 1) -> None:
-    """Raise ValueError for what `prune` would refuse: for before the gradients of `importance` are computed."""
+    """Raise ValueError for arguments that `prune` would refuse, before `importance` computes gradients for them."""
     _check_score(score)
     if not 0 < ratio < 1:
         raise ValueError(f"ratio {ratio} is not between 0 and 1")
@@ -144,21 +151,24 @@ def prune(
 ) -> nn.Module:
     """A copy of `model` without the share `ratio` (0 to 1) of the channels of every group, chosen by their `scores`.
 
-    Its config holds the record of what was kept, with which `sparsedm.save` and `load` work as ever. For "squared" and
-    "absolute" the gradients of `importance` must be there.
+    The config of the copy holds the record of the kept channels, from which `sparsedm.load` rebuilds the saved model. The scores
+    "squared" and "absolute" need the gradients of `importance`.
 
     Args:
-        round_to: channels kept are rounded up to a multiple; 4 leaves every layer open to 2:4 sparsity afterwards.
-        inputs: of one call, for models whose config does not tell their shapes.
+        ratio: the share of channels to remove, 0 to 1.
+        score: one of `SCORES`.
+        round_to: the number of kept channels is rounded up to a multiple; with 4 every layer can become 2:4 sparse afterwards.
+        seed: of the random scores.
+        inputs: keyword arguments of one call, for models whose config does not tell their shapes.
 
     Raises:
         ValueError: a ratio that leaves nothing of a layer (named) or removes nothing, a model that cannot be traced or does not
             run without the channels, a score without gradients, or a model that is pruned already, in sparse training or packed.
     """
     check(model, ratio, score, round_to)
-    found = structure.groups(model, inputs or dryrun.example_inputs(model))
+    groups = structure.groups(model, inputs or dryrun.example_inputs(model))
     generator = torch.Generator().manual_seed(seed)
-    kept = [(group, structure.keep(group, scores(model, group, score, generator), ratio, round_to)) for group in found]
+    kept = [(group, structure.keep(group, scores(model, group, score, generator), ratio, round_to)) for group in groups]
     if all(len(channels) == group.channels for group, channels in kept):
         raise ValueError(f"ratio {ratio} with round_to {round_to} removes nothing; take a higher ratio or a lower round_to")
     record = structure.record(model, kept)

@@ -1,9 +1,9 @@
-"""Removing channels from a model for good: which ones hang together, and a record of those kept that any process can replay.
+"""Structured pruning: groups of channels that hang together, and a record of the kept channels that any process can replay.
 
 A group is a set of layer axes that must lose the same channels: a convolution's outputs, the norm behind it, the inputs of
-all that read it. In UNets torch-pruning's dependency graph finds them; other families name the pairs of layers that share them
-(models/denoisers.py): in U-ViT the hidden units of each MLP and the heads of each attention. The record,
-{layer: {"out": "0-3,6", "in": ...}}, is plain JSON in the model's config: the channels that stay, as runs.
+all layers that read these outputs. In UNets torch-pruning's dependency graph finds the groups; other families name the pairs of
+layers that share channels (models/denoisers.py): in U-ViT the hidden units of each MLP and the heads of each attention. The
+record, {layer: {"out": "0-3,6", "in": ...}}, is plain JSON in the model's config: the channels that stay, as runs.
 """
 
 import copy
@@ -25,20 +25,30 @@ Record = dict[str, dict[str, str]]
 
 @dataclass(frozen=True)
 class Member:
-    """One axis of a layer: its entry `index[i]` belongs to channel `root[i]` of the group."""
+    """One axis of a layer that belongs to a group.
+
+    Attributes:
+        layer: name of the layer.
+        axis: "out" or "in".
+        index: entries of the axis [n].
+        root: channels of the group [n]; entry `index[i]` of the axis belongs to channel `root[i]`.
+    """
 
     layer: str
-    axis: str  # "out" or "in"
+    axis: str
     index: torch.Tensor
     root: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Group:
-    """Axes that lose the same channels, 0 to `channels` - 1.
+    """Axes that lose the same channels.
 
-    `parts` equal runs of channels (the groups of a GroupNorm, the heads of an attention) must stay equal in size. A channel is
-    `width` entries of an axis: one, or all those of a head.
+    Attributes:
+        channels: how many channels the group has, 0 to `channels` - 1.
+        members: the axes.
+        parts: equal runs of channels (the groups of a GroupNorm, the heads of an attention), which must stay equal in size.
+        width: entries of an axis that make one channel: 1, or all entries of a head.
     """
 
     channels: int
@@ -62,11 +72,13 @@ def groups(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[Group]:
     if pairs is None and not isinstance(getattr(model, "conv_out", None), nn.Conv2d):
         known = "U-ViT, and UNets of diffusers, whose output comes from a convolution `conv_out`"
         raise ValueError(f"Diff-Pruning knows {known}; {type(model).__name__} is neither")
-    return _traced_groups(model, inputs) if pairs is None else [_paired(model, *found) for found in _pairs(model, pairs)]
+    if pairs is None:
+        return _traced_groups(model, inputs)
+    return [_paired(model, block, pair) for block, pair in _pairs(model, pairs)]
 
 
 def _pairs(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[tuple[str, Pair]]:
-    """Every pair, with the name of each block that has its layers."""
+    """Every pair with the name of each block that has the pair's layers."""
     layers = dict(model.named_modules())
     return (
         (name, pair) for name in layers for pair in pairs if {f"{name}.{pair.writer}", f"{name}.{pair.reader}"} <= set(layers)
@@ -86,13 +98,13 @@ def _paired(model: nn.Module, block: str, pair: Pair) -> Group:
 def _traced_groups(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[Group]:
     import torch_pruning as tp
 
-    model = copy.deepcopy(model)  # tracing sets it to eval mode, and leaves its hooks behind when it fails
+    model = copy.deepcopy(model)  # tracing sets the model to eval mode, and leaves hooks behind when it fails
     names = {module: name for name, module in model.named_modules()}
     try:
-        with torch.enable_grad():  # it follows the autograd graph
+        with torch.enable_grad():  # tracing follows the autograd graph
             graph = tp.DependencyGraph().build_dependency(model, example_inputs=dict(inputs), verbose=False)
         traced = list(graph.get_all_groups(ignored_layers=[model.conv_out], root_module_types=[nn.Conv2d, nn.Linear]))
-    except Exception as error:  # of any kind: it runs the model and walks its autograd graph
+    except Exception as error:  # of any kind: tracing runs the model and walks its autograd graph
         raise ValueError(f"torch-pruning cannot trace {type(model).__name__}: {error}") from error
     parts = _parts(model)
     return [_from_traced(group, names, parts, graph) for group in traced]
@@ -100,11 +112,11 @@ def _traced_groups(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list
 
 def _parts(model: nn.Module) -> dict[str, int]:
     """Layers whose outputs come in equal parts: GroupNorms, and the queries, keys and values of several heads."""
-    found = {name: module.num_groups for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
+    parts = {name: module.num_groups for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
     for name, module in model.named_modules():
         if isinstance(module, DiffusersAttention):
-            found |= {f"{name}.{layer}": module.heads for layer in ("to_q", "to_k", "to_v")}
-    return found
+            parts |= {f"{name}.{layer}": module.heads for layer in ("to_q", "to_k", "to_v")}
+    return parts
 
 
 _LAYERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
@@ -124,10 +136,10 @@ def _from_traced(traced, names: Mapping[nn.Module, str], parts: Mapping[str, int
 
 
 def keep(group: Group, scores: torch.Tensor, ratio: float, round_to: int = 1) -> torch.Tensor:
-    """The channels (sorted) that stay when those of the lowest `scores` [channels] are removed.
+    """The channels (sorted) that stay when the channels of the lowest `scores` [channels] are removed.
 
-    Of C channels C - int(C * (1 - ratio)) go, as many from each part, rounded down (Diff-Pruning's code); what stays is then
-    rounded up until the axes are multiples of `round_to`.
+    Of C channels C - int(C * (1 - ratio)) go, as many from each part, rounded down (Diff-Pruning's code); the number that stays
+    is then rounded up until the axes are multiples of `round_to`.
 
     Raises:
         ValueError: nothing would stay, or a score is not finite.
@@ -147,7 +159,7 @@ def keep(group: Group, scores: torch.Tensor, ratio: float, round_to: int = 1) ->
 
 
 def record(model: nn.Module, kept: Sequence[tuple[Group, torch.Tensor]]) -> Record:
-    """What stays of every layer axis when each group keeps the given channels."""
+    """The record of the entries that stay of every layer axis when each group keeps the given channels."""
     stays: dict[tuple[str, str], torch.Tensor] = {}
     for group, channels in kept:
         alive = torch.zeros(group.channels, dtype=torch.bool)
@@ -156,11 +168,11 @@ def record(model: nn.Module, kept: Sequence[tuple[Group, torch.Tensor]]) -> Reco
             size = _size(model.get_submodule(member.layer), member.axis)
             mask = stays.setdefault((member.layer, member.axis), torch.ones(size, dtype=torch.bool))
             mask[member.index] &= alive[member.root]
-    found: Record = {}
+    entries: Record = {}
     for (layer, axis), mask in stays.items():
         if not mask.all():
-            found.setdefault(layer, {})[axis] = _runs(mask.nonzero().flatten().tolist())
-    return found
+            entries.setdefault(layer, {})[axis] = _runs(mask.nonzero().flatten().tolist())
+    return entries
 
 
 def _runs(channels: list[int]) -> str:
@@ -171,14 +183,14 @@ def _runs(channels: list[int]) -> str:
 
 
 def channels(runs: str, size: int) -> list[int]:
-    """ "0-2,5" as [0, 1, 2, 5]. Raises ValueError if it is not runs of growing numbers below `size`."""
-    found, last = [], -1
+    """ "0-2,5" as [0, 1, 2, 5]. Raises ValueError for other text than runs of growing numbers below `size`."""
+    numbers, last = [], -1
     for run, text in zip(_ranges(runs), runs.split(","), strict=True):
         if not last < run.start < run.stop <= size:
             raise ValueError(f"{text!r} does not grow or is not below {size}")
-        found += run
+        numbers += run
         last = run.stop - 1
-    return found
+    return numbers
 
 
 def _ranges(runs: str) -> list[range]:
@@ -189,7 +201,7 @@ def _ranges(runs: str) -> list[range]:
 
 
 def extent(record: Record) -> int:
-    """How many channels a record keeps, over all axes, counted without a list of them. Raises ValueError if it is no record."""
+    """How many channels a record keeps, over all axes, counted without listing the channels. Raises ValueError for no record."""
     if not isinstance(record, dict):
         raise ValueError(f"the pruning record is no object of layers and what stays of them, but {str(record)[:60]}")
     kept = 0
@@ -211,11 +223,11 @@ def apply(model: nn.Module, record: Record, inputs: Mapping[str, torch.Tensor] |
     """Cut `model` down to the channels in `record`, in place, and note the record in its config; returns the model.
 
     Args:
-        inputs: of one call, for models whose config does not tell their shapes.
+        inputs: keyword arguments of one call, for models whose config does not tell their shapes.
 
     Raises:
-        ValueError: the record names a layer or a channel that the model does not have, or the layers that it leaves do not go
-            together; the model is untouched then.
+        ValueError: the record names a layer or a channel that the model does not have, or the cut layers do not fit each other;
+            the model is untouched then.
     """
     extent(record)
     layers = dict(model.named_modules())
@@ -224,7 +236,7 @@ def apply(model: nn.Module, record: Record, inputs: Mapping[str, torch.Tensor] |
     heads = {f"{block}.{pair.heads}": _heads(model, block, pair, kept) for block, pair in pairs}
     try:
         dryrun.positions(_shrunk(dryrun.meta_copy(model), kept, heads), inputs)
-    except Exception as error:  # of any kind: whatever the model's forward says to widths that it does not expect
+    except Exception as error:  # of any kind: the model's forward may raise anything for widths that it does not expect
         raise ValueError(f"{type(model).__name__} does not run with what is left of it: {error.__cause__ or error}") from error
     _shrunk(model, kept, heads).register_to_config(pruning=record)
     return model

@@ -1,4 +1,4 @@
-"""Types and ranges of a dataclass's fields, checked when one is made: by the annotations that the class has anyway."""
+"""Types and ranges of a dataclass's fields, checked when an instance is made: by the annotations that the class has anyway."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ SEEDS = 2**32 - 1  # the largest seed: what is drawn from (seed, step) stays wit
 
 @dataclass(frozen=True)
 class Range:
-    """Of a number, in `Annotated`: from `low` to `high`, both included."""
+    """The range of a number, in `Annotated`: from `low` to `high`, both included."""
 
     low: float
     high: float = math.inf
@@ -23,7 +23,7 @@ Seed = Annotated[int, Range(0, SEEDS)]
 
 
 def check(settings: Any) -> None:
-    """Raise ValueError, with what is allowed, for the first field of a dataclass whose value is not what its annotation says.
+    """Raise ValueError, with the allowed values, for the first field of a dataclass whose value does not fit its annotation.
 
     Annotations may be bool, int, float (finite), str, Literal, tuple, and Annotated numbers with a `Range`.
     """

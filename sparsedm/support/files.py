@@ -39,14 +39,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise OSError unless a file could be written at `path`: for before the work whose outcome it is to hold."""
+    """Raise OSError unless a file could be written at `path`: to be called before the work whose outcome the file will hold."""
     path = Path(path).absolute()
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file")
-    there = next(folder for folder in path.parents if folder.exists())  # `replacing` makes the folders below
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there} is no folder; name another place for {path.name}")
-    if not os.access(path if path.exists() else there, os.W_OK):
+    nearest = next(folder for folder in path.parents if folder.exists())  # `replacing` makes the folders below
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest} is no folder; name another place for {path.name}")
+    if not os.access(path if path.exists() else nearest, os.W_OK):
         raise PermissionError(f"{path} may not be written; choose another place")
 
 
@@ -74,7 +74,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             try:
                 os.replace(temporary, path)
             except FileNotFoundError:
-                if not path.exists():  # else somebody who looked for it has put it there
+                if not path.exists():  # else another process has called `restore`
                     raise
     finally:
         if old.exists() and not path.exists():
@@ -86,7 +86,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 def restore(path: str | Path) -> None:
     """Put back the folder `path` if a process was killed while it replaced it: the new folder, which is complete by then.
 
-    For those who look for `path`; nothing happens if it is there.
+    Readers of `path` call this function first; nothing happens if the folder is there.
     """
     path = Path(path)
     for old in () if path.exists() else path.parent.glob(f".{glob.escape(path.name)}.*{_OLD}"):
@@ -98,7 +98,7 @@ def restore(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | Path, kept: str = "what was there is untouched") -> Iterator[None]:
-    """Within it, an error of writing becomes an OSError that names `path`, the reason and what is `kept`."""
+    """Within this context an error of writing becomes an OSError that names `path`, the reason and what is `kept`."""
     try:
         yield
     except _WRITE_ERRORS as error:
@@ -122,7 +122,7 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def read_json(path: str | Path, remedy: str) -> dict:
-    """The object in a JSON file. Raises ValueError, which names the file and the remedy, if it holds none."""
+    """The object in a JSON file. Raises ValueError, which names the file and the remedy, if the file holds no object."""
     try:
         content = parse_json(Path(path).read_bytes())
         if not isinstance(content, dict):
@@ -133,7 +133,7 @@ def read_json(path: str | Path, remedy: str) -> dict:
 
 
 def parse_json(text: str | bytes) -> object:
-    """What JSON says. Raises ValueError if it is none, also for text that is nested too deep."""
+    """The content of a JSON text. Raises ValueError for other text, and for JSON that is nested too deep."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -147,14 +147,14 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: str | Path) -> Iterator[None]:
-    """Keep other processes out of a folder, which is made if need be; a claim ends with its process, however it ends.
+    """Keep other processes out of a folder, which is made if need be; a claim ends with its process, however that ends.
 
-    The same process may claim it again: in a notebook, a run that was interrupted may still be in memory. A run that is
-    refused before it wrote anything leaves no folder behind.
+    The same process may claim the folder again: in a notebook, a run that was interrupted may still be in memory. A run that
+    is refused before it wrote anything leaves no folder behind.
 
     Raises:
-        BlockingIOError: another process has it.
-        OSError: its `.claim` is no plain file.
+        BlockingIOError: another process has claimed the folder.
+        OSError: the folder's `.claim` is no plain file.
     """
     folder = Path(folder)
     claim, made_here = folder / ".claim", not folder.exists()
@@ -190,12 +190,12 @@ def _opened(claim: Path) -> IO:
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove what killed processes left half written in a folder; for those who have claimed it."""
+    """Remove what killed processes left half written in a folder, which the caller has claimed."""
     for old in Path(folder).glob(f".*{_OLD}"):
         restore(old.with_name(old.name[1:].rsplit(".", 2)[0]))
         shutil.rmtree(old, ignore_errors=True)
-    for left in Path(folder).glob(".*.tmp"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+    for temporary in Path(folder).glob(".*.tmp"):
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         else:
-            left.unlink()
+            temporary.unlink()

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the runs of one variant, in the order they were made."""
+    """Seconds of each run of one variant, in the order of the runs."""
 
     seconds: tuple[float, ...]
 

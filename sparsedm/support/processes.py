@@ -1,6 +1,6 @@
-"""Several processes that share a job, as `accelerate launch` and torchrun start them; a process alone has it all to itself.
+"""Several processes that share a job, as `accelerate launch` and torchrun start them; a single process has the job to itself.
 
-They must see the same files, and pass through the functions below together.
+The processes must see the same files, and call the functions below together.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
 
 from . import files
 
-_PATIENCE = timedelta(days=2)  # the others wait while the main process scores; one that died is the launcher's business
+_PATIENCE = timedelta(days=2)  # the others wait while the main process scores; the launcher notices a process that died
 
 
 def state() -> PartialState:
-    """Which of how many processes this is, and its device.
+    """The number of this process, how many processes there are, and the device of this one.
 
     PartialState by itself takes no notice of ACCELERATE_USE_CPU, nor of torchrun where there is no accelerator.
     """
@@ -30,7 +30,7 @@ def state() -> PartialState:
 
 
 def accelerator(mixed_precision: str) -> Accelerator:
-    """An Accelerator on these processes, with a precision of its own: accelerate by itself keeps that of the first one."""
+    """An Accelerator on these processes, with a precision of its own: accelerate would keep that of the first Accelerator."""
     state()
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
@@ -46,36 +46,36 @@ def is_main() -> bool:
 
 
 def claimed(folder: str | Path) -> contextlib.AbstractContextManager[None]:
-    """`files.claimed`, by the main process for all."""
+    """`files.claimed`, by the main process for all processes."""
     return files.claimed(folder) if is_main() else contextlib.nullcontext()
 
 
 def share(items: Sequence) -> Sequence:
-    """Every so-many-th of the items: those that are this process's to do."""
+    """The items that this process works on: of n processes, every n-th item."""
     return items[state().process_index :: state().num_processes]
 
 
 def collect(made: dict) -> dict:
-    """What all processes made, sorted by key, in the main process; {} in the others."""
+    """The dicts that all processes made, as one sorted by key, in the main process; {} in the other processes."""
     if state().num_processes == 1:
         return made
-    everywhere = [{}] * state().num_processes if is_main() else None
-    torch.distributed.gather_object(made, everywhere)
-    return dict(sorted(item for each in everywhere or () for item in each.items()))
+    gathered = [{}] * state().num_processes if is_main() else None
+    torch.distributed.gather_object(made, gathered)
+    return dict(sorted(item for part in gathered or () for item in part.items()))
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes have called this function."""
     state().wait_for_everyone()
 
 
 def from_main(value: Any) -> Any:
-    """The main process's value, in all."""
+    """The main process's value, in all processes."""
     return broadcast_object_list([value])[0]
 
 
 def anywhere(here: bool) -> bool:
-    """Whether it is so in any process."""
+    """Whether `here` is true in any process."""
     if state().num_processes == 1:
         return here
     return bool(reduce(torch.tensor(float(here), device=state().device), "sum") > 0)

@@ -22,7 +22,7 @@ def save(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
     """Write tensors, on the CPU and contiguous, with their checksums and further `metadata`.
 
     Raises:
-        OSError, SafetensorError: it cannot be written; half a file may be left.
+        OSError, SafetensorError: the file cannot be written; half of it may be left.
     """
     metadata = {"format": "pt", **(metadata or {}), CHECKSUMS: checksums(tensors)}
     with open(path, "wb") as file:
@@ -45,7 +45,7 @@ def _sort_header(path: str | Path) -> None:
 def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file, checked if there are checksums, and its metadata.
 
-    The tensors are mapped from the file: who keeps them copies them, or a later change of the file changes them.
+    The tensors are mapped from the file: a caller that keeps tensors copies them, or a later change of the file changes them.
 
     Raises:
         ValueError: not a safetensors file, truncated, or damaged; the file is named, and the tensor.

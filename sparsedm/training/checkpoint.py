@@ -1,4 +1,4 @@
-"""What a training run is made of: its settings, and all that changes from step to step, saved and taken up again."""
+"""The settings of a training run, and its state, which changes from step to step, is saved and taken up again."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from .recovery import TRAIN_ONLY
 CHECKPOINT = "checkpoint.pt"
 OPTIMIZERS = ("adamw", "muon")
 LR_SCHEDULES = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)  # it needs rules
-_FREE = ("accumulate", "gradient_checkpointing", "compile", "checkpoint_every", "workers")  # the weights do not follow from them
+_FREE = ("accumulate", "gradient_checkpointing", "compile", "checkpoint_every", "workers")  # these may change in a run
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,32 @@ class TrainConfig:
     """Settings of a run; `steps` and what follows are keyword arguments of `train` and `finetune`.
 
     Attributes:
+        steps: steps of the whole run.
         batch_size: pictures per step, over all processes.
         optimizer: "adamw", or "muon" (torch.optim.Muon on the hidden linear weights, AdamW on the rest).
-        lr, betas, weight_decay: of either optimiser.
+        lr: learning rate of either optimiser.
+        betas: decay of AdamW's first and second moments.
+        weight_decay: of either optimiser.
         lr_schedule: diffusers' name ("constant_with_warmup" is the papers', "cosine").
         warmup: steps of linear warm-up.
-        clip: largest gradient norm, 0 for none.
+        clip: largest gradient norm, 0 for no limit.
         ema_decay: the decay d of the moving average (EMA) of the dense master weights. After s steps it is diffusers' ramp
             min(d, (1 + s) / (10 + s)), and 0 at the first step, not the constant d of the official codes: 0.999 is reached
             after 8,990 steps, 0.9999 after 89,990.
         p_uncond: how often a label is replaced by the "no class" one, for classifier-free guidance.
         flip: mirror half of the pictures.
-        noise_weight, teacher_weight: of the two terms of the loss (SparseDM 3.3: 1 and 0.1).
+        noise_weight: weight of the loss's noise term (SparseDM 3.3: 1).
+        teacher_weight: weight of the loss's teacher term (SparseDM 3.3: 0.1).
         train_only: "" trains all parameters; "norms" the norms', the biases and a scale per output row, which is folded into
             the weights at the end: recovery of a calibrated model, whose weights and zeros stay.
-        pattern_schedule: ((step, "31:32"), ...): from that step on the student's pattern, same weights and optimiser.
+        pattern_schedule: ((step, "31:32"), ...): the student's pattern from that step on, with the same weights and optimiser.
         seed: of all random draws, 0 to 2**32 - 1.
         mixed_precision: "no", "fp16" or "bf16".
         accumulate: parts in which each process takes its share of a batch, one after the other, to save memory.
         gradient_checkpointing: compute activations twice instead of keeping them.
         compile: torch.compile the model.
         checkpoint_every: steps between checkpoints.
-        workers: of the data loader.
+        workers: processes of the data loader.
 
     A resumed run may change the last five. Values of another type, not finite or out of range are ValueErrors.
     """
@@ -91,14 +95,14 @@ class TrainConfig:
 
     @classmethod
     def of(cls, options: dict) -> "TrainConfig":
-        """Settings by name. Raises ValueError for a name that is none, with the known ones, or a value that none can have."""
+        """Settings by name. Raises ValueError for an unknown name, with the known names, or for a value out of range."""
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(options) - set(known)):
             raise ValueError(f"unknown training setting {unknown[0]!r}; known: {', '.join(known)}")
         return cls(**options)
 
     def identity(self) -> dict:
-        """What must be equal for a checkpoint to be resumed."""
+        """The settings that must be equal for a checkpoint to be resumed."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))  # tuples and lists are the same
         return {k: v for k, v in values.items() if k not in _FREE}
 
@@ -124,7 +128,7 @@ class Training:
             self.prepared = torch.compile(self.prepared)
 
     def update(self) -> float:
-        """One optimiser step with the gradients that have been summed up; returns the learning rate it had."""
+        """One optimiser step with the gradients that have been summed up; returns the learning rate of this step."""
         if self.config.clip:
             self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.clip)
         lr = self.lr_schedulers[0].get_last_lr()[0]
@@ -148,7 +152,7 @@ class Training:
             torch.save(content, temporary)
 
     def resume(self, path: Path) -> int:
-        """Take up a checkpoint and return its step; a ValueError says why it cannot be taken up."""
+        """Take up a checkpoint and return its step. Raises ValueError, with the reason, if the checkpoint does not fit."""
         content = _read(path)
         saved = _DEFAULTS | content["config"]
         other = [f"{k} {saved.get(k)!r} instead of {v!r}" for k, v in self.config.identity().items() if saved.get(k) != v]
@@ -169,8 +173,8 @@ class Training:
         parameters = list(self.model.parameters())
         ema["shadow_params"] = [_like(p, value, "the average") for p, value in zip(parameters, ema["shadow_params"], strict=True)]
         states = [model, ema, *optimizers, *others[len(optimizers) :]]
-        for thing, state in zip(self._stateful(), states, strict=True):
-            thing.load_state_dict(state)
+        for part, state in zip(self._stateful(), states, strict=True):
+            part.load_state_dict(state)
         if self.accelerator.scaler and "scaler" in content:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         return int(content["step"])
@@ -194,9 +198,9 @@ _STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon
 
 
 def _fitted(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """The state of an optimizer with tensors like its parameters: its kernels read as many numbers as those have.
+    """The state of an optimizer with tensors like its parameters: its kernels read as many numbers as the parameters have.
 
-    Of the saved settings it takes the learning rates; the others follow from the run's.
+    The learning rates come from the saved settings; the other settings are the run's.
     """
     groups, parameters = optimizer.state_dict()["param_groups"], [p for group in optimizer.param_groups for p in group["params"]]
     if [group["params"] for group in groups] != [group["params"] for group in state["param_groups"]]:
@@ -212,7 +216,7 @@ def _fitted(state: dict, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def _like(parameter: torch.Tensor, value: torch.Tensor, name: str) -> torch.Tensor:
-    """A copy of `value` with the parameter's dtype and strides. Raises ValueError if it is of another shape."""
+    """A copy of `value` with the parameter's dtype and strides. Raises ValueError if `value` is of another shape."""
     if value.shape != parameter.shape:
         raise ValueError(f"{name} has shape {list(value.shape)}, not {list(parameter.shape)}")
     return torch.empty_like(parameter, device="cpu", requires_grad=False).copy_(value)

@@ -34,9 +34,17 @@ from .checkpoint import CHECKPOINT, TrainConfig, Training
 
 @dataclass
 class TrainState:
-    """What `train` and `finetune` yield after every step.
+    """The state of a training run, which `train` and `finetune` yield after every step.
 
-    `loss` and its unweighted `terms` are of this step; `seconds` is its duration; `model` holds the raw weights.
+    Attributes:
+        step: the number of this step, from 1.
+        steps: how many steps the run has.
+        loss: the weighted loss of this step, mean over the batch of this process.
+        terms: the unweighted terms of the loss: "noise", and "teacher" with a teacher.
+        lr: the learning rate of this step.
+        seconds: duration of this step, without the loading of its batch.
+        model: the model with its raw weights, not averaged.
+        ema: the moving average of the weights.
     """
 
     step: int
@@ -49,33 +57,35 @@ class TrainState:
     ema: EMAModel = field(repr=False)
 
     def ema_model(self) -> nn.Module:
-        """A copy of the model with the averaged weights, in eval mode: the one to sample from."""
+        """A copy of the model with the averaged weights, in eval mode, to sample from."""
         model = copy.deepcopy(self.model).eval()
         self.ema.copy_to(model.parameters())
         return recovery.fold_scales(model)
 
 
 def train(model: nn.Module, data: str | Dataset, **options) -> Iterator[TrainState]:
-    """Train a dense model from its present weights; arguments as `finetune` without a teacher."""
+    """Train a dense model (a teacher, or a baseline) from its present weights; arguments as `finetune` without a teacher."""
     return _run(model, None, data, **options)
 
 
 def finetune(student: nn.Module, teacher: nn.Module | None, data: str | Dataset, **options) -> Iterator[TrainState]:
-    """Fine-tune `student` in place, yielding a `TrainState` after every step (SparseDM 3.3, arXiv 2404.10445).
+    """Fine-tune `student` in place by distillation, yielding a `TrainState` after every step (SparseDM 3.3, arXiv 2404.10445).
 
     loss = noise_weight * MSE(target, student) + teacher_weight * MSE(teacher, student), means over pixels and batch. Student
-    and EMA start from the student's present weights (those of the teacher, if it is a sparsified copy); the teacher is in
-    eval mode and gets no gradient. When the generator is exhausted, `student` holds the EMA weights, in eval mode.
+    and EMA start from the student's present weights (the teacher's weights, if the student is a sparsified copy); the teacher
+    is in eval mode and gets no gradient. When the generator is exhausted, `student` holds the EMA weights, in eval mode.
 
     Args:
+        student: the model to train, sparse or dense.
+        teacher: the model whose predictions the student learns, or None.
         data: a data set, or its name (`sparsedm.data.NAMES`) for pictures of the model's size. Items are (picture, label), or
             (picture, dict of the arguments that condition the model), such as {"encoder_hidden_states": [tokens, dim]}. Labels
             are dropped with `p_uncond`, and so are entries of the dict for which the data set's attribute `null`, a dict, has
             another value. The pictures of latent models are latents.
-        scheduler: a diffusers scheduler with the noise schedule and prediction type; by default that in the student's
-            config (`noise_schedule`), else DDPM's linear one with noise prediction; rectified flow for SD3 and Flux.
-        out: a folder for checkpoints; a run that finds its own checkpoint there goes on from it. One is written, too, when the
-            generator is closed.
+        scheduler: a diffusers scheduler with the noise schedule and prediction type; by default the `noise_schedule` in the
+            student's config, else DDPM's linear schedule with noise prediction; rectified flow for SD3 and Flux.
+        out: a folder for checkpoints; a run that finds its own checkpoint in the folder goes on from it. Closing the generator
+            writes a checkpoint, too.
         **options: the fields of `TrainConfig`; `steps` is required.
 
     Raises:
@@ -119,7 +129,19 @@ def _run(
 def _steps(
     training: Training, teacher: nn.Module | None, dataset: Dataset, scheduler: SchedulerMixin, out: str | Path | None
 ) -> Iterator[TrainState]:
-    """Take up the checkpoint in `out`, if there is one, and go on to the last step."""
+    """Take up the checkpoint in `out`, if there is one, and go on to the last step.
+
+    The contract of the loop. For the images [B, C, H, W] and labels of the global batch, a step is
+        draw     images, noise [b, C, H, W], t [b], conditioning: this process's b = B / processes pictures (some mirrored),
+                 their noise, timesteps, and a dict of the model's other arguments (some dropped). Every random number in the
+                 step, dropout's too, follows from (seed, step).
+        terms    x_t = add_noise(images, noise, t), and scalars, means over b, C, H, W:
+                 "noise"    MSE(student(x_t, t), target); the target is the noise, the velocity, the picture or the flow.
+                 "teacher"  MSE(student(x_t, t), teacher(x_t, t)), a predicted variance included; only with a teacher.
+        loss     noise_weight * "noise" + teacher_weight * "teacher"; its gradients are averaged over the `accumulate` parts
+                 of b and over the processes. A loss that is not finite ends the run before the weights change.
+        update   clip, step of the optimisers, of their learning rates and of the decoupled decay, then the EMA.
+    """
     model, config, accelerator = training.model, training.config, training.accelerator
     checkpoint = Path(out, CHECKPOINT) if out else None
     start = training.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
@@ -154,12 +176,12 @@ def _steps(
 
 
 def _accumulate(losses: Callable[..., dict[str, torch.Tensor]], batch: tuple, training: Training) -> dict[str, float]:
-    """Add the gradients of the weighted losses of all parts of a batch; returns the mean terms."""
+    """Add the gradients of the weighted losses of all parts of a batch; returns the terms, means over the parts."""
     accelerator, count, means = training.accelerator, training.config.accumulate, {}
     layers.set_loss_scale(training.model, (accelerator.scaler.get_scale() if accelerator.scaler else 1.0) / count)
     for i, part in enumerate(_parts(batch, count)):
-        alone = accelerator.no_sync(training.prepared) if i < count - 1 else contextlib.nullcontext()
-        with alone:
+        exchange = accelerator.no_sync(training.prepared) if i < count - 1 else contextlib.nullcontext()
+        with exchange:
             with accelerator.autocast():
                 terms = losses(part)
             accelerator.backward(_weighted(training.config, terms) / count)
@@ -169,12 +191,12 @@ def _accumulate(losses: Callable[..., dict[str, torch.Tensor]], batch: tuple, tr
 
 
 def _weighted(config: TrainConfig, terms: Mapping):
-    """The loss: a tensor of tensors, a number of numbers."""
+    """The loss of `terms`: a tensor if the terms are tensors, a number if they are numbers."""
     return config.noise_weight * terms["noise"] + config.teacher_weight * terms.get("teacher", 0)
 
 
 def _parts(batch: tuple, count: int) -> Iterator[tuple]:
-    """`count` equal parts of (images, noise, t, conditioning)."""
+    """`count` equal parts of a batch (images, noise, t, conditioning), cut along its first axis."""
     *tensors, conditioning = batch
     size = len(tensors[0]) // count
     for start in range(0, count * size, size):
@@ -193,12 +215,12 @@ def _check_trainable(model: nn.Module, teacher: nn.Module | None, scheduler: Sch
 def _check_data(model: nn.Module, dataset: Dataset, config: TrainConfig) -> None:
     name, null, classes = type(model).__name__, denoisers.null_label(model), len(getattr(dataset, "classes", ()))
     try:
-        expected, found = denoisers.of(model).shape(model)[0], dataset[0][0].shape[0]
+        expected, channels = denoisers.of(model).shape(model)[0], dataset[0][0].shape[0]
     except ValueError:  # the config does not tell
-        expected = found = 0
-    if expected != found:
+        expected = channels = 0
+    if expected != channels:
         remedy = "; sparsedm.data.latents.encode makes latents of pictures" if expected == 4 else ""
-        raise ValueError(f"{name} takes pictures of {expected} channels, those of the data set have {found}{remedy}")
+        raise ValueError(f"{name} takes pictures of {expected} channels, those of the data set have {channels}{remedy}")
     if null is not None and classes > null + (not config.p_uncond):
         remedy = "; set p_uncond=0 if its last label is a class, too" if classes == null + 1 else ""
         raise ValueError(f"{name} has {null} classes and a label for none, the data set {classes}{remedy}")
@@ -207,7 +229,7 @@ def _check_data(model: nn.Module, dataset: Dataset, config: TrainConfig) -> None
 def _train_mode(model: nn.Module) -> nn.Module:
     model.train()
     for module in model.modules():
-        if isinstance(module, LabelEmbedding):  # else each block of a DiT drops other labels, and the teacher none
+        if isinstance(module, LabelEmbedding):  # else each block of a DiT would drop other labels, and the teacher none
             module.eval()
     return model
 
@@ -238,13 +260,13 @@ class _StepDraw:
 
     @contextlib.contextmanager
     def random_stream(self, step: int) -> Iterator[None]:
-        """Within it torch's generators (dropout's too) follow from (seed, step); afterwards they are as before."""
+        """Within this context torch's generators (dropout's too) follow from (seed, step); afterwards they are as before."""
         with torch.random.fork_rng():
             torch.manual_seed(seeds.numbered(self.config.seed, step) * 997)
             yield
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor | Inputs) -> tuple[torch.Tensor, ...]:
-        """Pictures, noise, timesteps and what conditions the model, all with the batch first."""
+        """This process's share of the global batch: images and noise [b, C, H, W], timesteps t [b], conditioning [b, ...]."""
         n = len(images)
         if self.config.flip:
             flipped = torch.rand(n).view(-1, *[1] * (images.dim() - 1)) < 0.5
@@ -259,22 +281,23 @@ class _StepDraw:
 
     def _conditioning(self, labels: torch.Tensor | Inputs, n: int) -> Inputs:
         if isinstance(labels, Mapping):
-            found = dict(labels)
+            conditioning = dict(labels)
             dropped = torch.rand(n) < self.config.p_uncond if self.nothing else None
             for name, value in self.nothing.items():
-                found[name] = torch.where(dropped.view(-1, *[1] * value.dim()), value, found[name])
+                conditioning[name] = torch.where(dropped.view(-1, *[1] * value.dim()), value, conditioning[name])
         elif self.null is not None:
-            found = {"class_labels": torch.where(torch.rand(n) < self.config.p_uncond, self.null, labels)}
+            conditioning = {"class_labels": torch.where(torch.rand(n) < self.config.p_uncond, self.null, labels)}
         else:
-            found = {}
-        denoisers.require(self.model, found, "let the data set yield (picture, {argument: value, ...})")
-        return found
+            conditioning = {}
+        denoisers.require(self.model, conditioning, "let the data set yield (picture, {argument: value, ...})")
+        return conditioning
 
 
 def _losses(denoiser: Denoiser, model, teacher, scheduler, images, noise, t, conditioning: Inputs) -> dict[str, torch.Tensor]:
+    """The terms of the loss, scalars: "noise", and "teacher" if there is a teacher."""
     noisy = diffusion.add_noise(scheduler, images, noise, t)
     output = denoiser.predict(model, noisy, t, conditioning).float()
-    mean = output[:, : images.shape[1]]  # the rest is a variance, for which there is the teacher
+    mean = output[:, : images.shape[1]]  # [b, C, H, W]; the further channels are a variance, which only the teacher trains
     terms = {"noise": F.mse_loss(mean, diffusion.target(scheduler, images, noise, t).float())}
     if teacher is not None:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A training run's log: a file of JSON lines, one for every so many steps, and a tracker such as TensorBoard, if there is one."""
+"""The log of a training run: JSON lines of means over a number of steps, previews, and a tracker such as TensorBoard."""
 
 import json
 import warnings
@@ -16,7 +16,8 @@ from ..support.files import replacing, writing
 from . import distill
 
 NO_TRACKER, BEST_TRACKER = "none", ""
-GRID = 16  # pictures in a grid of samples
+GRID = 16  # pictures in a preview
+PREVIEW_SAMPLERS = ("dpm++", "ddim", "ddpm")  # a preview takes the first that keeps the model's noise schedule
 
 
 class RunLog:
@@ -27,7 +28,7 @@ class RunLog:
         self.sums, self.count, self.masks = {}, 0, None
 
     def add(self, state: distill.TrainState) -> dict | None:
-        """Take in one step; returns the line if one was written."""
+        """Take in one step; returns the line of the log if this step ends one."""
         if self.masks is None:
             self._drop_from(state.step)
             self.masks = {}
@@ -48,11 +49,17 @@ class RunLog:
         return line
 
     def draw(self, state: distill.TrainState) -> Path:
-        """Draw a grid of the averaged model's pictures, always from the same noise, into samples/ beside the log."""
+        """Draw a preview, a grid of the averaged model's pictures from ever the same noise, into samples/ beside the log.
+
+        Raises:
+            ValueError: no sampler keeps the model's noise schedule (the setting is named).
+        """
         model = state.ema_model()
         null = denoisers.null_label(model)
         labels = None if null is None else torch.arange(GRID) % null
-        images = diffusion.generate(model, diffusion.start_noise(model, GRID), sampler="dpm++", steps=20, class_labels=labels)
+        noise, generators = diffusion.start_noise(model, GRID), diffusion.step_generators(GRID)
+        sampler = next(diffusion.possible_samplers(model, PREVIEW_SAMPLERS))
+        images = diffusion.generate(model, noise, sampler=sampler, steps=20, class_labels=labels, generator=generators)
         grid, path = plots.picture(images, columns=4, scale=scale(images)), self.path.parent / "samples" / f"{state.step:08d}.png"
         plots.save(grid, path)
         if self.tracker:
@@ -68,15 +75,15 @@ class RunLog:
 
 
 def scale(images: torch.Tensor) -> int:
-    """By how much to enlarge pictures [n, C, H, W] for a grid: to about 128 pixels."""
+    """The factor that enlarges pictures [n, C, H, W] for a grid to about 128 pixels."""
     return max(1, 128 // images.shape[-1])
 
 
 def tracker_class(name: str) -> type[GeneralTracker] | None:
-    """A tracker of accelerate's by name ("tensorboard", "wandb", ...); "" is TensorBoard if it is installed, "none" is none.
+    """A tracker of accelerate's by name ("tensorboard", "wandb", ...); "" is TensorBoard if installed, "none" is no tracker.
 
     Raises:
-        ValueError: it is unknown or not installed.
+        ValueError: the tracker is unknown or not installed.
     """
     available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
     if name == NO_TRACKER or (name == BEST_TRACKER and "tensorboard" not in available):
@@ -89,8 +96,8 @@ def tracker_class(name: str) -> type[GeneralTracker] | None:
 
 
 def start_tracker(cls: type[GeneralTracker], folder: Path, settings: dict) -> GeneralTracker:
-    """Begin a run named as its folder, with its settings; what the tracker writes goes into the folder's tracker/."""
-    processes.state()  # trackers ask which one they are in
+    """Begin a run named as its folder, with its settings; the tracker writes into the folder's tracker/."""
+    processes.state()  # trackers ask in which process they are
     place = folder / "tracker"
     if cls is WandBTracker:  # its first name is the project's, which holds many runs
         place.mkdir(exist_ok=True)
@@ -103,24 +110,24 @@ def start_tracker(cls: type[GeneralTracker], folder: Path, settings: dict) -> Ge
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a log, none if there is no file. A last line that a killed run has cut is left out, with a warning.
+    """The records in a log, none if there is no file. A last line that a killed run has cut is left out, with a warning.
 
     Raises:
-        ValueError: another line is damaged; it is named.
+        ValueError: another line is damaged; the message gives its number.
     """
-    lines, found = path.read_bytes().splitlines() if path.exists() else [], []
+    lines, records = path.read_bytes().splitlines() if path.exists() else [], []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(_parsed(line))
+            records.append(_parsed(line))
         except ValueError as error:
             if number < len(lines):
                 raise ValueError(f"line {number} of {path} is damaged ({error}); remove the line") from error
             warnings.warn(f"the last line of {path} was cut; it is left out", stacklevel=2)
-    return found
+    return records
 
 
 def _parsed(line: bytes) -> dict:
-    found = json.loads(line)
-    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+    record = json.loads(line)
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise ValueError("it names no step")
-    return found
+    return record

@@ -1,7 +1,7 @@
 """How packed layers run: custom operators `torch.ops.sparsedm.nm4_linear` and `nm4_conv2d`, seen by torch.compile and export.
 
-Both compute on the CPU, in float32 or in bfloat16 with float32 sums. Weights are values [out, inputs / 4 * N] and two-bit
-positions (uint8) as `packing.pack` makes them; everything is checked before a kernel runs.
+Both compute on the CPU, in float32 or in bfloat16 with float32 sums. A weight is given as values [out, inputs / 4 * N] and
+two-bit positions (uint8), which `packing.tensors.pack` makes; all arguments are checked before a kernel runs.
 """
 
 import functools

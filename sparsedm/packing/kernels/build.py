@@ -47,8 +47,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get(DISABLE):
         return None, f"{DISABLE} is set"
-    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    compiler = shlex.split(found or "")  # CXX may have arguments: "ccache g++"
+    command = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    compiler = shlex.split(command or "")  # CXX may have arguments: "ccache g++"
     try:
         if not compiler:
             raise OSError("no C++ compiler found (g++ or clang++)")
@@ -97,21 +97,21 @@ def _closed(folder: Path) -> bool:
         OSError: it belongs to somebody else, or cannot be closed.
     """
     folder.mkdir(0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid():
+    status = folder.stat()
+    if status.st_uid != os.getuid():
         raise OSError(f"{folder} belongs to another user; remove it, or set XDG_CACHE_HOME to another folder")
-    if found.st_mode & _OTHERS:
-        folder.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS)
-    return not found.st_mode & _OTHERS
+    if status.st_mode & _OTHERS:
+        folder.chmod(stat.S_IMODE(status.st_mode) & ~_OTHERS)
+    return not status.st_mode & _OTHERS
 
 
 def _whole(library: Path) -> bool:
     """Whether a library is there, only its user could write to it, and it ends with the checksum of the rest."""
     try:
-        found, content = library.stat(), library.read_bytes()
+        status, content = library.stat(), library.read_bytes()
     except OSError:
         return False
-    own = found.st_uid == os.getuid() and not found.st_mode & _OTHERS
+    own = status.st_uid == os.getuid() and not status.st_mode & _OTHERS
     return own and content[-_CHECKSUM:] == _checksum(content[:-_CHECKSUM])
 
 
