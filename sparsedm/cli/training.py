@@ -70,7 +70,9 @@ def sparsify(
     pattern: Pattern = "2:4",
     method: Annotated[
         str,
-        typer.Option(help="magnitude; or by calibration: wanda, obs, admm (the best of them), which update the weights, too."),
+        typer.Option(
+            help="magnitude; or by calibration: wanda, or obs or admm (the best), which also correct the weights that stay."
+        ),
     ] = "magnitude",
     data: Annotated[
         str, typer.Option(help="Calibration pictures, such as folder:PATH; without them the model samples its own.")

@@ -140,9 +140,10 @@ def summary_table() -> str:
     teachers = [row.name for row in rows if row.recipe.role == "teacher"]
     rows.sort(key=lambda row: (teachers.index(row.recipe.base or row.name), SUMMARY.index(row.recipe.role)))
     head = ("model", "FD-glyph ↓", "M MACs", "times faster ↑", "MB")
-    caption = f"""{_drawn(rows[0].runs[0])}. FD-glyph is the Fréchet distance on a glyph classifier's features; it is not FID.
-        {_SEEDS} MACs: per picture and step, zeros skipped. Times faster: a step of 16 pictures on two threads against the dense
-        model, both in the fastest of eager, channels-last, compiled and oneDNN. MB: of the float16 file, packed for 2:4."""
+    caption = f"""FD-glyph measures quality: the Fréchet distance on a glyph classifier's features ({_drawn(rows[0].runs[0])});
+        it is not FID. {_SEEDS} MACs: multiply-accumulates per picture and step, zeros skipped. Times faster: a float32 step of 16
+        pictures on two threads, by a model of the same shape and pattern, against the dense model, both in the fastest of eager,
+        channels-last, compiled and oneDNN. MB: of the float16 file, packed for 2:4."""
     return f"{markdown.table(head, map(_summary_row, rows))}\n\n{' '.join(caption.split())}"
 
 

@@ -111,7 +111,7 @@ def card(
         *([f"- {time}"] if time else []),
         *([f"- Made with {', '.join(f'{name} {value}' for name, value in recipe.items())}."] if recipe else []), "",
         *([cards.scores(scores), ""] if scores else []),
-        "```python", "import sparsedm", "from sparsedm import hub", "", f'model = sparsedm.load(hub.pull("{repo}"))',
+        "```python", "import sparsedm", "from sparsedm.measure import hub", "", f'model = sparsedm.load(hub.pull("{repo}"))',
         "fast = sparsedm.pack(model)", "```", "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -110,7 +110,7 @@ def scores(model: nn.Module, group: Group, kind: str = "squared", generator: tor
         if kind == "magnitude":
             values = weight.square()
         elif layer.weight.grad is None:
-            raise ValueError(f"{member.layer} has no gradient; run sparsedm.diffpruning.importance first")
+            raise ValueError(f"{member.layer} has no gradient; run sparsedm.importance first")
         else:
             products = weight * layer.weight.grad.float()
             values = products.square() if kind == "squared" and not norm else products.abs()
