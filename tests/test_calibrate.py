@@ -287,12 +287,52 @@ def test_a_singular_layer_and_one_that_does_not_run_say_so_in_the_report(make_mo
     model = make_model("uvit")
     model.mid_block.norm2.weight.data.zero_()
     model.spare = nn.Linear(16, 16)
+    spare = model.spare.weight.clone()
     states = {s.name: s for s in sparsedm.calibrate(model, Tokens(), **SMALL)}
     notes = {row.name: row.note for row in sparsedm.report(model).rows}
     assert notes["mid_block.mlp.fc1"] == states["mid_block.mlp.fc1"].fallback != ""
     assert "Wanda" in notes["mid_block.mlp.fc1"] and "singular" in notes["mid_block.mlp.fc1"]
-    assert "did not run" in notes["spare"] and not notes["mid_block.attn.qkv"]
-    assert nm.verify(model.spare.weight, "2:4") == 0 and nm.verify(model.mid_block.mlp.fc1.weight, "2:4") == 0
+    assert "never called" in notes["spare"] and not notes["mid_block.attn.qkv"]
+    assert torch.equal(model.spare.weight, spare) and nm.verify(model.mid_block.mlp.fc1.weight, "2:4") == 0
+    assert "spare" not in states and {s.layers for s in states.values()} == {len(states)}
+
+
+class Reads(nn.Module):
+    """Calls `lin` with a keyword, reads the weight of `read`, and does both with `both`."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.read, self.both = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(self.lin(input=x), self.read.weight) + F.linear(self.both(x), self.both.weight)
+
+
+def lin_of(reads: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in state(reads).items() if name.startswith("lin.")}
+
+
+def test_layers_whose_weight_is_read_outside_of_their_forward_stay_dense(make_model):
+    model = make_model("uvit")
+    model.mid_block.mlp = Reads()
+    reads = copy.deepcopy(model.mid_block.mlp)
+    states = {s.name for s in sparsedm.calibrate(model, Tokens(), **SMALL)}
+    notes = {row.name.removeprefix("mid_block.mlp."): row.note for row in sparsedm.report(model).rows}
+    assert "never called" in notes["read"] and "outside of its forward" in notes["both"] and not notes["lin"]
+    assert "mid_block.mlp.lin" in states and not {"mid_block.mlp.read", "mid_block.mlp.both"} & states
+    assert same(model.mid_block.mlp, state(reads) | lin_of(model.mid_block.mlp))
+
+
+def test_a_layer_that_does_not_run_stays_dense_in_a_model_whose_inputs_are_unknown():
+    model, x = Reads(), torch.randn(64, 16)
+    before = state(model)
+    states = list(sparsedm.calibrate(model, lambda: model(x, torch.zeros(64)), exclude=["both"]))
+    assert [s.name for s in states] == ["lin"] and nm.verify(model.lin.weight, "2:4") == 0
+    assert same(model, before | lin_of(model))
+    notes = {row.name: row.note for row in sparsedm.report(model, {"x": x}).rows}
+    assert "did not run in calibration" in notes["read"] and not notes["lin"]
+    with pytest.raises(ValueError, match=r"no chosen layer ran .*read.*choose others"):
+        next(sparsedm.calibrate(model, lambda: model(x, torch.zeros(64)), include=["read"]))
 
 
 def test_fewer_tokens_than_inputs_warn_with_the_number_that_would_do(make_model):

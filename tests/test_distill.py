@@ -14,7 +14,7 @@ from sparsedm import data, diffusion, plots
 from sparsedm.masking import layers
 from sparsedm.models.uvit import UViTModel
 from sparsedm.support import processes
-from sparsedm.training import checkpoint, distill, runlog
+from sparsedm.training import checkpoint, distill, recovery, runlog
 
 STEPS = {"steps": 6, "batch_size": 8, "lr": 1e-3, "warmup": 2, "checkpoint_every": 2}
 
@@ -527,6 +527,12 @@ def test_stopped_recovery_leaves_plain_layers_and_resumes_exactly(tmp_path):
     assert broken.state_dict().keys() == whole.state_dict().keys() == shown.state_dict().keys()
     list(distill.finetune(resumed, teacher(), "digits", out=tmp_path, **STEPS, **RECOVERY))
     assert equal(whole, resumed)
+
+
+@pytest.mark.parametrize(("layer", "x"), [(nn.Linear(4, 3), torch.randn(2, 4)), (nn.Conv2d(4, 3, 1), torch.randn(2, 4, 5, 5))])
+def test_scaled_layers_take_their_input_by_keyword(layer, x):
+    with recovery.norms_only(layer):
+        torch.testing.assert_close(layer(input=x), layer(x))
 
 
 def test_recovery_refuses_weights_that_are_not_settled():

@@ -19,14 +19,16 @@ from .. import diffusion
 from ..masking import layers, nm, obs
 from ..masking.nm import NMPattern
 from ..masking.obs import Moments
-from ..models import denoisers, dryrun
+from ..models import denoisers, students
 from ..models.denoisers import Inputs, each
+from ..models.dryrun import meta_copy, structure_of
 from ..support import markdown, processes
 from . import distill
 from .checkpoint import TrainConfig
 
 METHODS = ("magnitude", "wanda", "obs", "admm")
 WEIGHTS = ("uniform", "obs-diff")
+NOT_RUN = "the layer did not run in calibration"
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class LayerState:
     """What `calibrate` yields after every layer.
 
     `before` and `after` are relative errors of the layer's output, |Y - Y_dense|^2 / |Y_dense|^2 over the calibration tokens,
-    of magnitude's mask and of the method, both with the inputs that the pruned model gives. `fallback` says why Wanda's or
-    magnitude's mask had to do, or is empty.
+    of magnitude's mask and of the method, both with the inputs that the pruned model gives. `fallback` says why Wanda's
+    mask had to do, or is empty.
     """
 
     name: str
@@ -87,6 +89,7 @@ def calibrate(
     """Make the layers of a dense `model` N:M sparse in place, in the order in which they run, yielding a `LayerState` for each.
 
     Every layer is fitted to the outputs that it has in the dense model, on the inputs that it gets from the layers pruned so far.
+    A layer that does not run in calibration stays dense, and so does a layer whose weight is used outside of its forward.
     The model changes at the very end, when all is verified; if the generator is closed before, or raises, nothing has changed.
     Half-precision models are computed in float32 and stored back.
 
@@ -107,21 +110,25 @@ def calibrate(
             `conditioning` (of one picture each) and `negative`. Without `class_labels` all classes have their turn.
 
     Raises:
-        ValueError: a bad option, data that do not fit the model, or a model in sparse training.
+        ValueError: a bad option, data that do not fit the model or run no chosen layer, or a model in sparse training.
         FloatingPointError: weights or inputs of a layer (named) that are not finite.
     """
     _check(model, data, method, weights, sampling, n=n, batch_size=batch_size, packages=packages, tokens=tokens)
-    shadow = layers.sparsify(dryrun.meta_copy(model), pattern, include=include, exclude=exclude, overrides=overrides)
+    shadow = students.sparsify(meta_copy(model), pattern, include=include, exclude=exclude, overrides=overrides)
     patterns = {name: layer.pattern for name, layer in layers.nm_layers(shadow)}
     for name in patterns:
         if not torch.isfinite(model.get_submodule(name).weight).all():
             raise FloatingPointError(f"{name} has weights that are not finite; nothing is changed")
     full = all(p.dtype == torch.float32 for p in model.parameters())
-    teacher = (_alias(model) if full else copy.deepcopy(model).float()).eval()
-    student = _alias(teacher)
+    teacher = (structure_of(model) if full else copy.deepcopy(model).float()).eval()
+    student = structure_of(teacher)
     calls = _calls(model, teacher, data, n, batch_size, seed, scheduler, sampling)
     row_weights = _row_weights(calls, weights)
     runs = _runs(teacher, patterns, calls[0])
+    if not runs:
+        raise ValueError(
+            f"no chosen layer ran in calibration ({', '.join(list(patterns)[:3])}); choose others, or give other data"
+        )
     _warn_of_few(teacher, runs, calls)
     generator, notes = torch.Generator().manual_seed(seed), {}
     for package in _packages(teacher, runs, packages, max_memory):
@@ -129,12 +136,8 @@ def calibrate(
         moments = _gather(teacher, student, package, calls, row_weights, tokens, generator)
         for name in package:
             before, after, notes[name] = _prune(student.get_submodule(name), moments.pop(name), patterns[name], method, damping)
-            yield LayerState(name, len(notes), len(patterns), before, after, time.perf_counter() - began, notes[name])
+            yield LayerState(name, len(notes), len(runs), before, after, time.perf_counter() - began, notes[name])
             began = time.perf_counter()
-    for name in (name for name in patterns if name not in runs):
-        layer, notes[name] = student.get_submodule(name), "magnitude's mask: the layer did not run in calibration"
-        _replace(layer, nm.masked(layer.weight, nm.mask(layer.weight, patterns[name])))
-        yield LayerState(name, len(notes), len(patterns), 0.0, 0.0, 0.0, notes[name])
     _write(model, student, shadow, notes)
 
 
@@ -145,15 +148,10 @@ def _check(model: nn.Module, data, method: str, weights: str, sampling: Mapping,
     for what, value in numbers.items():
         if value < 1:
             raise ValueError(f"{what} must be at least 1, it is {value}")
-    if any(True for _ in layers.nm_layers(model)):
+    if layers.is_sparse(model):
         raise ValueError("the model is in sparse training; calibrate the dense one, or densify it")
     if data is not None and sampling:
         raise ValueError(f"{next(iter(sampling))} is for calibration without data")
-
-
-def _alias(model: nn.Module) -> nn.Module:
-    """A copy whose modules are its own and whose tensors are those of `model`."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
 # --- what the model is called with -------------------------------------------------------------------------------------
@@ -278,16 +276,16 @@ def _watch(model: nn.Module, names: Collection[str], call: _Call, see: Callable,
     seen = 0
 
     def hook(name: str) -> Callable:
-        def after(layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        def after(layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
             nonlocal seen
-            see(name, layer, args[0], output)
+            see(name, layer, args[0] if args else kwargs["input"], output)
             seen += 1
             if seen == stop_after:
                 raise _Enough
 
         return after
 
-    with _hooked([model.get_submodule(name).register_forward_hook(hook(name)) for name in names]):
+    with _hooked([model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in names]):
         model(*call.args, **call.kwargs)
 
 
@@ -378,13 +376,14 @@ def _replace(layer: nn.Module, weight: torch.Tensor) -> None:
 
 def _write(model: nn.Module, student: nn.Module, shadow: nn.Module, notes: Mapping[str, str]) -> None:
     """Give the model the weights and biases of the student, and to each layer why it is dense or what went wrong."""
-    for name, layer in layers.nm_layers(shadow):
+    for name in notes:
         weight = student.get_submodule(name).weight
-        if not torch.isfinite(weight).all() or nm.verify(weight, layer.pattern):
+        if not torch.isfinite(weight).all() or nm.verify(weight, shadow.get_submodule(name).pattern):
             raise FloatingPointError(f"the weights that were found for {name} are not finite; nothing is changed")
     for name, layer in layers.weight_layers(shadow):
         own = model.get_submodule(name)
-        own.dense_reason, own.mask_note = getattr(layer, "dense_reason", ""), notes.get(name, "")
+        own.mask_note = notes.get(name, "")
+        own.dense_reason = "" if name in notes else getattr(layer, "dense_reason", NOT_RUN)
         if name in notes:
             found = student.get_submodule(name)
             own.weight.copy_(found.weight)

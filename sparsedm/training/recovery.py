@@ -23,13 +23,13 @@ class _Scaled:
 
 
 class _ScaledLinear(_Scaled, nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight * self.row_scale[:, None], self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight * self.row_scale[:, None], self.bias)
 
 
 class _ScaledConv2d(_Scaled, nn.Conv2d):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(x, self.weight * self.row_scale[:, None, None, None], self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, self.weight * self.row_scale[:, None, None, None], self.bias)
 
 
 _SCALED = {nn.Linear: _ScaledLinear, nn.Conv2d: _ScaledConv2d}
@@ -43,7 +43,7 @@ def norms_only(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: a model in sparse training, whose weights are not settled yet.
     """
-    if any(True for _ in layers.nm_layers(model)):
+    if layers.is_sparse(model):
         raise ValueError('train_only="norms" keeps the sparse weights; calibrate or fold the model first')
     wanted = {id(p): p.requires_grad for p in model.parameters()}
     weights = {id(p) for module in model.modules() for p in _weights(module)}
