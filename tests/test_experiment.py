@@ -85,7 +85,7 @@ def test_pruned_models_are_made_by_recipe(tiny_recipes, monkeypatch, reinit):
     (kept,) = (tiny_recipes / "teacher").glob("importance-*.safetensors")
     kept.write_bytes((whole := kept.read_bytes())[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match=rf"{kept}: .* is damaged .*; remove it, and the importance is computed again"):
-        until_sampled("pruned", tiny_recipes)
+        list(until_sampled("pruned", tiny_recipes))
     torch.nn.init.normal_(base.mid_block.mlp.fc1.weight)
     folders.save(base, tiny_recipes / "teacher" / "model")  # another teacher has others
     assert {state.stage for state in until_sampled("pruned", tiny_recipes)} == {"importance", "sample"}
