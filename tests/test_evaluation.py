@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -113,8 +114,30 @@ def test_damaged_pictures_are_named(model, tmp_path):
     path = evaluation.samples_file(tmp_path, PROTOCOL)
     path.write_bytes(path.read_bytes()[:-9])
     for read in (lambda: evaluation.sample(model, tmp_path, PROTOCOL), lambda: evaluation.sampled(tmp_path, PROTOCOL, 2)):
-        with pytest.raises(ValueError, match=r"samples-ddim2-1234\.safetensors is damaged .*remove it"):
+        with pytest.raises(ValueError, match=r"samples-ddim2-1234\.safetensors is not a readable .*; remove it"):
             read()
+
+
+def test_a_flipped_bit_in_pictures_is_named(model, tmp_path):
+    expected = made(evaluation.sample(model, tmp_path, PROTOCOL))
+    path = evaluation.samples_file(tmp_path, PROTOCOL)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for read in (lambda: evaluation.sample(model, tmp_path, PROTOCOL), lambda: evaluation.sampled(tmp_path, PROTOCOL, 2)):
+        with pytest.raises(ValueError, match=r"samples-ddim2-1234\.safetensors: images is damaged .*; remove it.*drawn again"):
+            read()
+    path.unlink()
+    assert torch.equal(made(evaluation.sample(model, tmp_path, PROTOCOL)), expected) and path.read_bytes() == whole
+
+
+def test_pictures_without_checksums_are_taken_up(model, tmp_path):
+    expected = made(evaluation.sample(model, tmp_path, PROTOCOL))
+    path = evaluation.samples_file(tmp_path, PROTOCOL)
+    with safe_open(path, "pt") as file:
+        stored = {k: v for k, v in file.metadata().items() if k not in ("checksums", "format")}  # as earlier versions wrote it
+    save_file({"images": expected.clone()}, path, metadata=stored)
+    assert list(evaluation.sample(model, tmp_path, PROTOCOL)) == []
+    assert evaluation.sampled(tmp_path, PROTOCOL, 2).shape == expected[:2].shape
 
 
 def test_another_autoencoder_is_refused(tmp_path):

@@ -82,6 +82,10 @@ def test_pruned_models_are_made_by_recipe(tiny_recipes, monkeypatch, reinit):
     assert [state.stage for state in until_sampled("pruned", tiny_recipes)] == ["sample"]  # the gradients were kept
     assert folders.load(tiny_recipes / "pruned" / "model").config.pruning == pruned.config.pruning
     shutil.rmtree(tiny_recipes / "pruned")
+    (kept,) = (tiny_recipes / "teacher").glob("importance-*.safetensors")
+    kept.write_bytes((whole := kept.read_bytes())[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=rf"{kept}: .* is damaged .*; remove it, and the importance is computed again"):
+        list(until_sampled("pruned", tiny_recipes))
     torch.nn.init.normal_(base.mid_block.mlp.fc1.weight)
     folders.save(base, tiny_recipes / "teacher" / "model")  # another teacher has others
     assert {state.stage for state in until_sampled("pruned", tiny_recipes)} == {"importance", "sample"}
@@ -279,6 +283,27 @@ def test_results_are_those_of_the_models_that_are_there(tiny_recipes, monkeypatc
     path.write_text(json.dumps(found))
     with pytest.warns(UserWarning, match=r"results\.json does not say which weights"):
         assert stages() == ["done"]
+
+
+def test_results_are_those_of_the_reference_pictures_that_are_there(tiny_recipes, monkeypatch, tmp_path):
+    monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
+    picture = tmp_path / "real" / "a.png"
+    picture.parent.mkdir()
+    Image.new("RGB", (16, 16)).save(picture)
+
+    def stages():
+        states = experiment.reproduce("teacher", tiny_recipes, PROTOCOL, reference=f"folder:{picture.parent}")
+        return [state.stage for state in states]
+
+    assert "score" in stages() and stages() == ["done"]
+    Image.new("RGB", (16, 16), "red").save(picture)
+    assert stages() == ["score", "done"] and stages() == ["done"]
+    shutil.copy(picture, picture.with_name("b.png"))
+    assert stages() == ["score", "done"]
+    (picture.parent / "notes.txt").write_text("no picture")
+    assert stages() == ["done"]
+    shutil.rmtree(picture.parent)
+    assert stages() == ["done"]  # a finished run does not need its reference
 
 
 @pytest.mark.parametrize("name", ["settings.json", "results.json"])

@@ -86,7 +86,10 @@ def test_folders_without_latents_are_refused_by_name(tmp_path):
     (tmp_path / "0.safetensors").unlink()
     save_file({"latents": torch.zeros(2, 4, 8, 8), "labels": torch.zeros(2)}, tmp_path / "1.safetensors")
     wrong = {
-        r"2\.safetensors holds latents of another shape than 1": {"latents": torch.zeros(2, 3, 8, 8), "labels": torch.zeros(2)},
+        r"2\.safetensors holds latents or texts of another shape than 1": {
+            "latents": torch.zeros(2, 3, 8, 8),
+            "labels": torch.zeros(2),
+        },
         r"2\.safetensors: latents \[4, 8\] are not \[n, C, h, w\]": {"latents": torch.zeros(4, 8), "labels": torch.zeros(4)},
         r"2\.safetensors: .* or \[3\] is not theirs": {"latents": torch.zeros(2, 4, 8, 8), "labels": torch.zeros(3)},
     }
@@ -96,7 +99,53 @@ def test_folders_without_latents_are_refused_by_name(tmp_path):
             data.load(f"latents:{tmp_path}")
     (tmp_path / "2.safetensors").unlink()
     found = data.load(f"latents:{tmp_path}")
-    for name in ("null", "1"):  # damaged before it is opened, and after
+    remedies = {"null": "encode the empty text", "1": "remove it and encode it anew"}
+    for name, remedy in remedies.items():  # damaged before the file is opened, and after
         (tmp_path / f"{name}.safetensors").write_bytes(b"damaged")
-        with pytest.raises(ValueError, match=rf"{name}\.safetensors is not a readable .*encode it anew"):
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors is not a readable .*{remedy}"):
             data.load(f"latents:{tmp_path}") if name == "null" else found[0]
+
+
+def test_an_empty_text_unlike_the_texts_is_refused_by_name(tmp_path):
+    save_file({"latents": torch.zeros(2, 4, 8, 8), "encoder_hidden_states": torch.ones(2, 5, 6)}, tmp_path / "0.safetensors")
+    for wrong in ({"text": torch.zeros(5, 6)}, {"encoder_hidden_states": torch.zeros(5, 7)}, {}):
+        save_file(wrong, tmp_path / "null.safetensors")
+        with pytest.raises(ValueError, match=r"null\.safetensors holds .* \[5, 6\]; encode the empty text .*remove"):
+            data.load(f"latents:{tmp_path}")
+
+
+def test_texts_of_several_shapes_are_refused_by_name(tmp_path):
+    for i, tokens in enumerate((5, 4)):
+        text = torch.ones(2, tokens, 6)
+        save_file({"latents": torch.zeros(2, 4, 8, 8), "encoder_hidden_states": text}, tmp_path / f"{i}.safetensors")
+    with pytest.raises(ValueError, match=r"1\.safetensors holds latents or texts of another shape than 0"):
+        data.load(f"latents:{tmp_path}")
+
+
+def test_latents_that_do_not_fit_the_model_are_refused_before_training(tmp_path):
+    config = {"in_channels": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 11}
+    wrong = {
+        rf"takes latents of 16x16, {tmp_path} holds 8x8; encode": (16, 9),
+        rf"10 classes .*the data set 12 in {tmp_path}; take a model with more classes": (8, 11),
+        rf"the data set 11 in {tmp_path}; .*p_uncond=0": (8, 10),
+        r"the data has the label -1, the model those from 0 to 10": (8, -1),
+    }
+    for message, (size, label) in wrong.items():
+        labels = torch.full((4,), label)
+        save_file({"latents": torch.zeros(4, 4, 8, 8), "labels": labels}, tmp_path / "0.safetensors")
+        with pytest.raises(ValueError, match=message):
+            next(distill.train(UViTModel(sample_size=size, **config), f"latents:{tmp_path}", steps=1, batch_size=4))
+
+
+def test_a_flipped_bit_in_encoded_latents_is_named_and_encoded_anew(vae, pictures, tmp_path):
+    list(latents.encode(vae, pictures, tmp_path))
+    path = tmp_path / "00000000.safetensors"
+    whole = path.read_bytes()
+    offset = 8 + int.from_bytes(whole[:8], "little") + 5 * 4 * 8 * 8 * 2
+    path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :])
+    for read in (data.load(f"latents:{tmp_path}").__getitem__, lambda i: data.load(f"latents:{tmp_path}")[i]):
+        with pytest.raises(ValueError, match=rf"{path}: \w+ is damaged .*remove it and encode it anew"):
+            read(0)
+    path.unlink()
+    list(latents.encode(vae, pictures, tmp_path))
+    assert path.read_bytes() == whole

@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
-from ..support import seeds
+from ..support import seeds, tensorfiles
 from ..support.files import replacing
 
 NULL = "null.safetensors"
 SHARD = 4096  # pictures per file
+TEXT = "encoder_hidden_states"
+_ANEW = "remove it and encode it anew"  # `encode` keeps the files that are there
+_ANEW_NULL = "encode the empty text as the other texts, or remove the file"
 
 
 class Latents(Dataset):
@@ -29,13 +31,13 @@ class Latents(Dataset):
         channels: C of the latents.
         size: h and w of the latents.
         null: the tensors in null.safetensors by name, {} without the file.
+        classes: the labels from 0 to the highest; () with texts.
 
     Raises:
         FileNotFoundError: no such folder, or no safetensors file in it.
-        ValueError: a file that cannot be read, lacks latents or labels, or whose latents have another shape (named).
+        ValueError: a file that cannot be read, lacks latents or labels, or whose latents or texts have another shape than those
+            beside (named). Checksums are compared when a file is first read from.
     """
-
-    classes = ()
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -43,24 +45,27 @@ class Latents(Dataset):
         if not paths:
             raise FileNotFoundError(f"{self.folder} holds no latents; sparsedm.data.latents.encode writes them")
         shapes = {path: _shape(path) for path in paths}
-        _, self.channels, _, self.size = first = shapes[paths[0]]
-        if others := [path for path in paths if shapes[path][1:] != first[1:]]:
-            raise ValueError(f"{others[0]} holds latents of another shape than {paths[0].name}; encode them anew")
-        self._entries = [(path, i) for path in paths for i in range(shapes[path][0])]
-        self.null = {}
-        if (self.folder / NULL).exists():
-            with _opened(self.folder / NULL) as file:
-                self.null = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+        (_, self.channels, _, self.size), text = first = shapes[paths[0]]
+        for path, (latents, own) in shapes.items():
+            if (latents[1:], own) != (first[0][1:], text):
+                raise ValueError(f"{path} holds latents or texts of another shape than {paths[0].name}; {_ANEW}")
+        self._entries = [(path, i) for path in paths for i in range(shapes[path][0][0])]
+        self._checked = set()
+        self.classes = () if text else range(1 + max(map(_highest_label, paths)))
+        self.null = _null(self.folder / NULL, text) if (self.folder / NULL).exists() else {}
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __getitem__(self, index: int):
         path, i = self._entries[index]
+        if path not in self._checked:
+            tensorfiles.read(path, _ANEW)
+            self._checked.add(path)
         with _opened(path) as file:
             latent = file.get_slice("latents")[i : i + 1][0].float()
-            if "encoder_hidden_states" in file.keys():  # noqa: SIM118 - safe_open is no dict
-                return latent, {"encoder_hidden_states": file.get_slice("encoder_hidden_states")[i : i + 1][0].float()}
+            if TEXT in file.keys():  # noqa: SIM118 - safe_open is no dict
+                return latent, {TEXT: file.get_slice(TEXT)[i : i + 1][0].float()}
             return latent, int(file.get_slice("labels")[i : i + 1][0])
 
 
@@ -70,19 +75,37 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); encode it anew") from error
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); {_ANEW}") from error
 
 
-def _shape(path: Path) -> list[int]:
-    """[n, C, h, w] of the latents in a file. Raises ValueError, with the name of the file, if a tensor is missing."""
+def _shape(path: Path) -> tuple[list[int], list[int]]:
+    """[n, C, h, w] of the latents in a file and [tokens, dim] of their texts, [] without texts.
+
+    Raises ValueError, with the name of the file, if a tensor is missing.
+    """
     with _opened(path) as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    latents, conditions = shapes.get("latents"), shapes.get("encoder_hidden_states") or shapes.get("labels")
+    latents, conditions = shapes.get("latents"), shapes.get(TEXT) or shapes.get("labels")
     if latents is None or conditions is None:
         raise ValueError(f"{path} lacks latents, or their labels or encoder_hidden_states")
     if len(latents) != 4 or conditions[:1] != latents[:1]:
-        raise ValueError(f"{path}: latents {latents} are not [n, C, h, w], or {conditions} is not theirs; encode them anew")
-    return latents
+        raise ValueError(f"{path}: latents {latents} are not [n, C, h, w], or {conditions} is not theirs; {_ANEW}")
+    return latents, conditions[1:] if TEXT in shapes else []
+
+
+def _highest_label(path: Path) -> int:
+    with _opened(path) as file:
+        labels = file.get_tensor("labels")
+        return int(labels.max()) if len(labels) else -1
+
+
+def _null(path: Path, text: list[int]) -> dict[str, torch.Tensor]:
+    """The tensors of the empty text. Raises ValueError if their names or shapes are not those of the texts [tokens, dim]."""
+    tensors, _ = tensorfiles.read(path, _ANEW_NULL)
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if text and found != {TEXT: text}:
+        raise ValueError(f"{path} holds {found}, and the texts beside are {TEXT} {text}; {_ANEW_NULL}")
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -104,7 +127,7 @@ def encode(vae: AutoencoderKL, dataset: Dataset, folder: str | Path, *, batch_si
                 latents.append((drawn * vae.config.scaling_factor).half().cpu())
                 labels.append(their_labels)
             with replacing(path) as temporary:
-                save_file({"latents": torch.cat(latents).contiguous(), "labels": torch.cat(labels)}, temporary)
+                tensorfiles.save(temporary, {"latents": torch.cat(latents).contiguous(), "labels": torch.cat(labels)})
         yield stop
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .. import data, plots
@@ -30,7 +29,7 @@ from ..measure.evaluation import Progress
 from ..models import denoisers
 from ..models.uvit import UViTModel
 from ..pruning import diffpruning, structure
-from ..support import processes
+from ..support import processes, tensorfiles
 from ..support.files import read_json, replacing, restore, write_json
 from ..training import distill
 from ..training.calibrate import calibrate
@@ -229,7 +228,16 @@ def _sources(plan: Plan) -> dict[str, str]:
         sources["vae"] = fingerprint.of_model(AutoencoderKL.from_pretrained(plan.vae))
     if plan.reference:
         sources["reference"] = fingerprint.of_tensors({}, plan.reference)
+    if plan.reference.startswith("folder:") and (folder := Path(plan.reference.removeprefix("folder:"))).is_dir():
+        sources["reference_files"] = _of_pictures(folder)
     return sources
+
+
+def _of_pictures(folder: Path) -> str:
+    """A fingerprint of the names, sizes and times of change of the pictures under a folder: their content takes too long."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in data.IMAGE_SUFFIXES)
+    facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return fingerprint.of_tensors({}, repr(facts))
 
 
 def _finished(path: Path, protocol: Protocol, sources: dict) -> dict | None:
@@ -396,11 +404,12 @@ def _importance(model: nn.Module, dataset: str, threshold: float, seed: int, fol
             yield Progress("importance", state.timestep + 1, state.timesteps, f"loss {state.loss:.4f}")
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            save_file({k: p.grad for k, p in model.named_parameters() if p.grad is not None}, temporary)
+            gradients = {k: p.grad.cpu().contiguous() for k, p in model.named_parameters() if p.grad is not None}
+            tensorfiles.save(temporary, gradients)
     processes.wait()
-    gradients = load_file(path, device=str(model.device))
+    gradients, _ = tensorfiles.read(path, "remove it, and the importance is computed again")
     for name, parameter in model.named_parameters():
-        parameter.grad = gradients.get(name)
+        parameter.grad = gradients[name].to(parameter.device) if name in gradients else None
 
 
 def _check_pattern(model: nn.Module, chosen: Recipe) -> None:

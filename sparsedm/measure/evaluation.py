@@ -3,7 +3,6 @@
 Several processes share the pictures, batch by batch; the pictures are the same for any number of processes.
 """
 
-import contextlib
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,15 +11,13 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import default_collate
 
 from .. import data, diffusion
 from ..data import latents
 from ..models import denoisers
-from ..support import processes
+from ..support import processes, tensorfiles
 from ..support.files import replacing
 from . import fingerprint, metrics
 from .protocol import Protocol
@@ -150,8 +147,7 @@ def sampled(folder: Path, protocol: Protocol, n: int) -> torch.Tensor:
         OSError: there are none.
         ValueError: their file is damaged.
     """
-    with _opened(samples_file(folder, protocol)) as file:
-        return data.to_float(file.get_slice("images")[:n])
+    return data.to_float(_read(samples_file(folder, protocol))[0]["images"][:n])
 
 
 def _parts(path: Path) -> Path:
@@ -161,7 +157,7 @@ def _parts(path: Path) -> Path:
 
 def _save(images: torch.Tensor, path: Path, settings: dict[str, str]) -> None:
     with replacing(path) as temporary:
-        save_file({"images": images.contiguous()}, temporary, metadata=settings)
+        tensorfiles.save(temporary, {"images": images.contiguous()}, settings)
 
 
 def _saved(path: Path, settings: dict[str, str]) -> list[torch.Tensor]:
@@ -169,26 +165,20 @@ def _saved(path: Path, settings: dict[str, str]) -> list[torch.Tensor]:
     kept = []
     for source in ([path] if path.exists() else []) + sorted(_parts(path).glob("*.safetensors")):
         begins = 0 if source == path else int(source.stem)
-        with _opened(source) as file:
-            stored, place = file.metadata() or {}, path if source == path else source.parent
-            if "model" not in stored:
-                warnings.warn(f"{place} does not say which model drew its pictures; they are drawn again", stacklevel=3)
-                continue
-            for key, other in _ORIGIN.items():
-                if stored.get(key) != settings.get(key):
-                    raise ValueError(f"{path.parent} holds pictures of {other}; choose another folder, or remove {place}")
-            if begins == sum(map(len, kept)) and stored == settings:
-                kept.append(file.get_tensor("images"))
+        (tensors, stored), place = _read(source), path if source == path else source.parent
+        if "model" not in stored:
+            warnings.warn(f"{place} does not say which model drew its pictures; they are drawn again", stacklevel=3)
+            continue
+        for key, other in _ORIGIN.items():
+            if stored.get(key) != settings.get(key):
+                raise ValueError(f"{path.parent} holds pictures of {other}; choose another folder, or remove {place}")
+        if begins == sum(map(len, kept)) and stored.items() >= settings.items():
+            kept.append(tensors["images"])
     return kept
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and its pictures are drawn again") from error
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    return tensorfiles.read(path, "remove it, and its pictures are drawn again")
 
 
 def labels(model: nn.Module, n: int) -> torch.Tensor | None:

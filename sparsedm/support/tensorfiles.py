@@ -42,13 +42,13 @@ def _sort_header(path: str | Path) -> None:
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
-def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read(path: str | Path, remedy: str = "fetch or save it again") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file, checked if there are checksums, and its metadata.
 
     The tensors are mapped from the file: a caller that keeps tensors copies them, or a later change of the file changes them.
 
     Raises:
-        ValueError: not a safetensors file, truncated, or damaged; the file is named, and the tensor.
+        ValueError: not a safetensors file, truncated, or damaged; the file is named, the tensor, and the `remedy`.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
@@ -58,9 +58,9 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors' own, and torch's for a dtype that it does not know
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or save it again") from error
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); {remedy}") from error
     if CHECKSUMS in metadata:
-        _check(path, tensors, metadata[CHECKSUMS])
+        _check(path, tensors, metadata[CHECKSUMS], remedy)
     return tensors, metadata
 
 
@@ -69,16 +69,16 @@ def checksums(tensors: Mapping[str, torch.Tensor]) -> str:
     return json.dumps({name: _checksum(tensor) for name, tensor in tensors.items()})
 
 
-def _check(path: Path, tensors: Mapping[str, torch.Tensor], expected: str) -> None:
+def _check(path: Path, tensors: Mapping[str, torch.Tensor], expected: str, remedy: str) -> None:
     try:
         known = parse_json(expected)
     except ValueError as error:
-        raise ValueError(f"{path}: the checksums in its metadata cannot be read; fetch or save it again") from error
+        raise ValueError(f"{path}: the checksums in its metadata cannot be read; {remedy}") from error
     if not isinstance(known, dict) or set(known) != set(tensors):
-        raise ValueError(f"{path}: the tensors are not those that its metadata lists; fetch or save it again")
+        raise ValueError(f"{path}: the tensors are not those that its metadata lists; {remedy}")
     for name, tensor in tensors.items():
         if _checksum(tensor) != known[name]:
-            raise ValueError(f"{path}: {name} is damaged (its checksum differs); fetch or save it again")
+            raise ValueError(f"{path}: {name} is damaged (its checksum differs); {remedy}")
 
 
 def _checksum(tensor: torch.Tensor) -> str:

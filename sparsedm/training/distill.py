@@ -91,7 +91,7 @@ def finetune(student: nn.Module, teacher: nn.Module | None, data: str | Dataset,
     Raises:
         ValueError: a model that this package cannot call (`denoisers.FAMILIES`), or that predicts a variance and has no teacher;
             a bad option; a checkpoint in `out` that belongs to a run with other settings; data without what the model needs, with
-            other channels or more classes.
+            other channels or labels, or latents of another size.
         BlockingIOError: another process trains in `out`.
         FloatingPointError: the loss is not finite (names the step; the last checkpoint stays).
     """
@@ -221,9 +221,15 @@ def _check_data(model: nn.Module, dataset: Dataset, config: TrainConfig) -> None
     if expected != channels:
         remedy = "; sparsedm.data.latents.encode makes latents of pictures" if expected == 4 else ""
         raise ValueError(f"{name} takes pictures of {expected} channels, those of the data set have {channels}{remedy}")
+    stored, size = isinstance(dataset, data_module.Latents), denoisers.picture_size(model)
+    if stored and size and dataset[0][0].shape[1:] != (size, size):
+        found = "x".join(map(str, dataset[0][0].shape[1:]))
+        remedy = "encode pictures of another size, or take another model"
+        raise ValueError(f"{name} takes latents of {size}x{size}, {dataset.folder} holds {found}; {remedy}")
     if null is not None and classes > null + (not config.p_uncond):
+        where = f" in {dataset.folder}; take a model with more classes, or encode with other labels" if stored else ""
         remedy = "; set p_uncond=0 if its last label is a class, too" if classes == null + 1 else ""
-        raise ValueError(f"{name} has {null} classes and a label for none, the data set {classes}{remedy}")
+        raise ValueError(f"{name} has {null} classes and a label for none, the data set {classes}{where}{remedy}")
 
 
 def _train_mode(model: nn.Module) -> nn.Module:
@@ -286,7 +292,10 @@ class _StepDraw:
             for name, value in self.nothing.items():
                 conditioning[name] = torch.where(dropped.view(-1, *[1] * value.dim()), value, conditioning[name])
         elif self.null is not None:
-            conditioning = {"class_labels": torch.where(torch.rand(n) < self.config.p_uncond, self.null, labels)}
+            asked = torch.where(torch.rand(n) < self.config.p_uncond, self.null, labels)
+            if wrong := asked[(asked < 0) | (asked > self.null)].tolist():  # of data that does not tell its classes
+                raise ValueError(f"the data has the label {wrong[0]}, the model those from 0 to {self.null}; change the labels")
+            conditioning = {"class_labels": asked}
         else:
             conditioning = {}
         denoisers.require(self.model, conditioning, "let the data set yield (picture, {argument: value, ...})")
