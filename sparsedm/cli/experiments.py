@@ -151,6 +151,8 @@ def bench(
 
     place = on(device)
     chosen = benches.benchmark(what, place)
+    if output and chosen.drawn:
+        files.check_writable(output.with_suffix(".png"))
     kinds = kinds or ["float32" if place.type == "cpu" else "bfloat16"]
     options = benches.Options(models.split(","), sizes, kinds, counts, place, compile, runs)
     result = benches.run(chosen, options, (lambda line: None) if json else functools.partial(print, flush=True))
