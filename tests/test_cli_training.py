@@ -166,6 +166,7 @@ def test_an_official_checkpoint_becomes_a_model_folder(tmp_path, monkeypatch, ca
     assert "of its width 16; give num_heads (--heads)" in refusal(monkeypatch, capsys, *convert)
     assert "not with heads" in refusal(monkeypatch, capsys, *convert, "--set", "heads=4")
     assert "num_heads takes a number, not 'four'" in refusal(monkeypatch, capsys, *convert, "--set", "num_heads=four")
+    assert "num_heads takes a number, not True" in refusal(monkeypatch, capsys, *convert, "--set", "num_heads=true")
     found = ask(*convert, "--heads", "4", "--norm-eps", "1e-4")
     assert folders.load(found["model"]).config.num_heads == 4
     told = ask("info", tmp_path / "uvit" / folders.WEIGHTS)
@@ -250,6 +251,10 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, monkeypatch,
         (("reproduce", "glyphs-unet", "--out", "{}/o", "--set", "warmup=-5"), "warmup must be a whole number of at least 0"),
         (("bench", "--dtypes", "int8"), "--dtypes takes float32, bfloat16, float16, not 'int8'"),
         (("bench", "--batches", "0"), "--batches takes whole numbers of at least 1, such as 1,4, not '0'"),
+        (("bench", "--batches", ","), "--batches takes whole numbers of at least 1, such as 1,4, not ','"),
+        (("bench", "--batches", ""), "--batches takes whole numbers of at least 1, such as 1,4, not ''"),
+        (("bench", "--threads", ","), "--threads takes whole numbers of at least 1, such as 1,4, not ','"),
+        (("bench", "--dtypes", ","), "--dtypes takes float32, bfloat16, float16, not ','"),
         (("bench", "--threads", "1,many"), "--threads takes whole numbers of at least 1, such as 1,4, not 'many'"),
         (("bench", "--output", "{}/tiny"), "tiny is a folder; name a file"),
         (("bench", "--output", "{}/times.png"), "is where the figure would be drawn; name a JSON file"),
