@@ -24,7 +24,9 @@ from wandb.proto import wandb_internal_pb2
 from sparsedm import cli
 from sparsedm.checkpoints import folders
 from sparsedm.masking import layers
+from sparsedm.measure import speed
 from sparsedm.models.uvit import UViTModel
+from sparsedm.packing import packed
 
 QUICK = ("--data", "digits", "--steps", "4", "--batch-size", "4", "--set", "checkpoint_every=2")
 
@@ -164,6 +166,7 @@ def test_an_official_checkpoint_becomes_a_model_folder(tmp_path, monkeypatch, ca
     assert "of its width 16; give num_heads (--heads)" in refusal(monkeypatch, capsys, *convert)
     assert "not with heads" in refusal(monkeypatch, capsys, *convert, "--set", "heads=4")
     assert "num_heads takes a number, not 'four'" in refusal(monkeypatch, capsys, *convert, "--set", "num_heads=four")
+    assert "num_heads takes a number, not True" in refusal(monkeypatch, capsys, *convert, "--set", "num_heads=true")
     found = ask(*convert, "--heads", "4", "--norm-eps", "1e-4")
     assert folders.load(found["model"]).config.num_heads == 4
     told = ask("info", tmp_path / "uvit" / folders.WEIGHTS)
@@ -248,6 +251,10 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, monkeypatch,
         (("reproduce", "glyphs-unet", "--out", "{}/o", "--set", "warmup=-5"), "warmup must be a whole number of at least 0"),
         (("bench", "--dtypes", "int8"), "--dtypes takes float32, bfloat16, float16, not 'int8'"),
         (("bench", "--batches", "0"), "--batches takes whole numbers of at least 1, such as 1,4, not '0'"),
+        (("bench", "--batches", ","), "--batches takes whole numbers of at least 1, such as 1,4, not ','"),
+        (("bench", "--batches", ""), "--batches takes whole numbers of at least 1, such as 1,4, not ''"),
+        (("bench", "--threads", ","), "--threads takes whole numbers of at least 1, such as 1,4, not ','"),
+        (("bench", "--dtypes", ","), "--dtypes takes float32, bfloat16, float16, not ','"),
         (("bench", "--threads", "1,many"), "--threads takes whole numbers of at least 1, such as 1,4, not 'many'"),
         (("bench", "--output", "{}/tiny"), "tiny is a folder; name a file"),
         (("bench", "--output", "{}/times.png"), "is where the figure would be drawn; name a JSON file"),
@@ -270,6 +277,16 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, monkeypatch,
             "ratio 0.3 with round_to 1024 removes nothing; take a higher ratio",
         ),
         (("generate", "{}/tiny", "{}/o.png", "--vae", "{}/nothing"), "nothing is no folder of an autoencoder"),
+        (("reproduce", "glyphs-unet", "--out", "{}/o", "--vae", "{}/nothing"), "nothing is no folder of an autoencoder"),
+        (("reproduce", "glyphs-unet", "--out", "{}/o", "--reference", "folder:{}/nothing"), "nothing does not exist"),
+        (("evaluate", "{}/tiny", "{}/o", "--base", "{}/tiny", "--data", "nonsense"), "unknown data set 'nonsense'; known: "),
+        (("evaluate", "{}/tiny", "{}/o", "--base", "{}/tiny", "--data", "folder:{}/nothing"), "nothing does not exist"),
+        (
+            ("evaluate", "glyphs-uvit", "{}/o", "--n", "2048", "--reference", "digits"),
+            "a Fréchet distance to digits needs at least 2048 samples, there are ",
+        ),
+        (("bench", "--models", "glyphs-uvit,typo"), "unknown model 'typo'; bundled: "),
+        (("bench", "--what", "shares", "--models", "glyphs-uvit,typo"), "unknown model 'typo'; bundled: "),
         (("train", "{}/tiny", "{}/o", *QUICK, "--set", "lr=1e38", "--json"), "the loss is nan at step 2; start anew"),
     ],
 )
@@ -277,6 +294,28 @@ def test_bad_input_is_one_line(arguments, message, tiny, tmp_path, monkeypatch, 
     assert message in refusal(monkeypatch, capsys, *(str(a).format(tmp_path) for a in arguments))
     left = [path.name for path in tmp_path.iterdir()]
     assert left == ["tiny"] or "loss is nan" in message  # what trained has left its checkpoint
+
+
+@pytest.mark.parametrize(
+    ("model", "option", "message"),
+    [
+        ("glyphs-uvit-2x4", ("--label", "99"), "the classes of this model are 0 to 35"),
+        ("glyphs-uvit-2x4", ("--sampler", "euler2"), "unknown sampler 'euler2'; known: "),
+        ("plain", ("--guidance", "3"), "this model has no classes"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_packing(model, option, message, tmp_path, monkeypatch, capsys):
+    plain = layers.sparsify(UViTModel(sample_size=8, in_channels=1, embed_dim=16, depth=2, num_heads=2), "2:4")
+    folders.save(plain, tmp_path / "plain")
+    monkeypatch.setattr(packed, "pack", lambda *model, **options: pytest.fail("it is packed"))
+    place = tmp_path / model if model == "plain" else model
+    assert message in refusal(monkeypatch, capsys, "generate", place, tmp_path / "o.png", *option)
+
+
+def test_bench_refuses_a_figure_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "times.png").mkdir()
+    monkeypatch.setattr(speed, "pair", lambda *model, **options: pytest.fail("it is measured"))
+    assert "times.png is a folder; name a file" in refusal(monkeypatch, capsys, "bench", "--output", tmp_path / "times.json")
 
 
 @pytest.mark.parametrize(

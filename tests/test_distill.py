@@ -217,6 +217,7 @@ def tiny_with_state_kept() -> UViTModel:
         ({"lr_schedule": "piecewise_constant"}, "unknown lr_schedule .*; known: .*cosine"),
         ({"pattern_schedule": (5, "2:4")}, r"pattern_schedule must be a list of \(a whole number of at least 0, text\)"),
         ({"pattern_schedule": ((0, "4:2"),)}, "pattern 4:2 is not N:M"),
+        ({"pattern_schedule": ((0, "4:4"),)}, "pattern 4:4 keeps every weight"),
         ({"optimizer": "sgdm"}, "unknown optimizer 'sgdm'; known: adamw, muon"),
         ({"pattern_schedule": ((5, "2:4"), (0, "7:8"))}, "must increase"),
         ({"batch_size": 4000}, "larger than the data set"),

@@ -244,7 +244,7 @@ def test_operators_read_any_bytes_as_two_bit_positions_within_the_group(case, fi
     layer, x = case.make()
     m = pack(layer, case.pattern)
     FILLS[fill](m.positions)
-    m.values, m.positions = LAYOUTS[layout](m.values), LAYOUTS[layout](m.positions)
+    m.values.data, m.positions = LAYOUTS[layout](m.values.data), LAYOUTS[layout](m.positions)
     m.bias = None if m.bias is None else LAYOUTS[layout](m.bias)
     layer.double().weight.data = weight_of(m)
     if m.bias is not None:
@@ -424,9 +424,9 @@ def test_pictures_with_other_channels_are_refused(channels):
     ("kernel", "stride", "padding"), [([3, 3], 0, 0), ([3, 3], 1, -1), ([3], 1, 0), ([-3, -3], 1, 0), ([0, 3], 1, 0)], ids=str
 )
 def test_what_is_no_convolution_is_refused(kernel, stride, padding):
-    buffers = pack(sparse(nn.Conv2d(16, 8, 3))).buffers()
+    m = pack(sparse(nn.Conv2d(16, 8, 3)))
     with pytest.raises(ValueError, match="no convolution"):
-        torch.ops.sparsedm.nm4_conv2d(torch.randn(1, 16, 5, 5), *buffers, kernel, stride, padding)
+        torch.ops.sparsedm.nm4_conv2d(torch.randn(1, 16, 5, 5), m.values, m.positions, m.bias, kernel, stride, padding)
 
 
 @per_dtype
@@ -441,9 +441,11 @@ def test_strides_beyond_the_picture_read_the_first_pixels(dtype):
     ("stride", "padding"), [(2**62, 0), (2**63 - 1, 0), (2**41, 2**40), (2**62, 2**61), (2**30, 2**29), (2**28, 2**27)], ids=str
 )
 def test_sizes_that_overflow_are_refused_by_the_kernel(dtype, stride, padding):
-    buffers = pack(sparse(nn.Conv2d(16, 8, 3)).to(dtype)).buffers()
+    m = pack(sparse(nn.Conv2d(16, 8, 3)).to(dtype))
     with pytest.raises(ValueError, match=f"no kernel for the sizes .*{stride}, {padding}, .*too large"):
-        torch.ops.sparsedm.nm4_conv2d(torch.randn(1, 16, 5, 5, dtype=dtype), *buffers, [3, 3], stride, padding)
+        torch.ops.sparsedm.nm4_conv2d(
+            torch.randn(1, 16, 5, 5, dtype=dtype), m.values, m.positions, m.bias, [3, 3], stride, padding
+        )
 
 
 def test_small_stacks_are_enough():

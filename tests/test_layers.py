@@ -416,6 +416,7 @@ def test_every_dense_layer_carries_its_reason():
     ({"exclude": ["nothing"]}, "'nothing' matches no layer"),
     ({"overrides": {"nothing": "2:4"}}, "'nothing' matches no layer"),
     ({"overrides": {"mid_block.*": "5:4"}}, "5:4"),
+    ({"overrides": {"mid_block.*": "4:4"}}, "4:4 keeps every weight; take N < M"),
     ({"pattern": "2-4"}, "'2-4'"),
     ({"pattern": "5:64"}, "takes 5:64.*16 inputs, not a multiple of 64"),
     ({"decay": -1}, "decay"),
@@ -451,6 +452,8 @@ def test_set_pattern_changes_all_layers_or_none(make_model, call):
     model.mid_block.mlp.fc2.pattern = nm.NMPattern(1, 2)
     with pytest.raises(ValueError, match="in_blocks.0.attn.qkv has 16 inputs, not a multiple of 64"):
         set_pattern(model, "5:64")
+    with pytest.raises(ValueError, match="4:4 keeps every weight"):
+        set_pattern(model, "4:4")
     assert {str(layer.pattern) for _, layer in nm_layers(model)} == {"7:8", "1:2"}
 
 

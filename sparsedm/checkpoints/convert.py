@@ -18,8 +18,8 @@ from ..models import papers
 from ..models.denoisers import CLIP_TOKENS
 from ..models.uvit import UViTModel
 from ..pruning import structure
-from . import folders
-from .statedict import State, check_names, count, fill, read, shape
+from . import folders, skeleton
+from .statedict import State, check_names, count, fill, fitted, read, shape
 
 ATTENTION_SCALES = ("dense", "pruned")
 _OPTIONS = {
@@ -56,7 +56,7 @@ def load(path: str | Path, **options) -> ModelMixin:
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"{path} is converted with {', '.join(known)}, not with {unknown[0]}")
     for name, value in options.items():
-        if not isinstance(value, known[name]):
+        if isinstance(value, bool) or not isinstance(value, known[name]):
             raise ValueError(f"{name} takes {_OPTIONS[name]}, not {value!r}")
     return converter(path, **options)
 
@@ -247,7 +247,10 @@ def diff_pruning(folder: str | Path, *, attention_scale: str | None = None) -> U
     config = folders.read_json(part / folders.CONFIG)
     if config.get("_class_name") != "UNet2DModel":
         raise ValueError(f"{part / folders.CONFIG} names the class {config.get('_class_name')!r}, not 'UNet2DModel'")
-    model = UNet2DModel.from_config(config)
+    try:
+        model = skeleton.model_of(UNet2DModel, config, None, state)
+    except ValueError as error:
+        raise ValueError(f"{part / folders.CONFIG}: {error}") from error
     scales = {name: module.scale for name, module in model.named_modules() if isinstance(module, Attention)}
     check_names(model, state, path)
     record = _widths(model, state)
@@ -257,11 +260,11 @@ def diff_pruning(folder: str | Path, *, attention_scale: str | None = None) -> U
         except ValueError as error:
             raise ValueError(f"{path}: its widths do not fit each other ({error})") from error
     _rescale(model, state, scales, attention_scale, path)
-    fill(model, state, path)
+    skeleton.fill(model, fitted(model, state, path))
     schedule = folders.pipeline_schedule(part)
     if schedule is not None:
         model.register_to_config(noise_schedule=schedule)
-    return model
+    return model.eval()
 
 
 def _new_attention_name(name: str) -> str:

@@ -114,6 +114,12 @@ def fill(model: ModelMixin, state: State, path: str | Path, official: Callable[[
     Raises:
         ValueError: a tensor that is missing, unexpected or of another shape, by its name in the file.
     """
+    model.load_state_dict(fitted(model, state, path, official))
+    return model.eval()
+
+
+def fitted(model: ModelMixin, state: State, path: str | Path, official: Callable[[str], str] = str) -> State:
+    """The tensors of `state` by their names in `model`, in its shapes. Raises ValueError as `fill`."""
     check_names(model, state, path, official)
     taken = {}
     for name, value in model.state_dict().items():
@@ -123,5 +129,4 @@ def fill(model: ModelMixin, state: State, path: str | Path, official: Callable[[
         if tensor.shape != value.shape:
             raise ValueError(f"{path}: {official(name)} has shape {list(tensor.shape)}, not {list(value.shape)}")
         taken[name] = tensor
-    model.load_state_dict(taken)
-    return model.eval()
+    return taken

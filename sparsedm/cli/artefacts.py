@@ -59,21 +59,23 @@ def generate(
     json: Json = False,
 ) -> None:
     """Draw pictures. Example: python -m sparsedm generate glyphs-uvit-2x4 word.png --word SPARSE"""
-    from .. import plots
+    from .. import diffusion, plots
     from ..checkpoints import folders
+    from ..data import latents
     from ..masking import layers
     from ..measure import drawing
     from ..packing import packed
     from ..training import runlog
-    from .common import autoencoder, on, outcome, show
+    from .common import on, outcome, show
 
     plots.check_file(out)
     loaded = folders.load(model).to(on(device))
-    decoder = autoencoder(vae, loaded.device)
+    decoder = latents.autoencoder(vae).to(loaded.device) if vae else None
     labels = drawing.labels(loaded, n, word, label)
+    n, options = n if labels is None else len(labels), {"sampler": sampler, "steps": steps, "guidance": guidance}
+    diffusion.prepare(loaded, class_labels=labels, **options)  # packing takes long, so bad options are refused before
     if pack and layers.patterns(loaded):
         packed.pack(loaded)
-    n, options = n if labels is None else len(labels), {"sampler": sampler, "steps": steps, "guidance": guidance}
     states = drawing.draw(loaded, n, labels, batch_size=batch_size, seed=seed, vae=decoder, **options)
     drawn = show("", states, json, "nothing is written")
     if drawn is None:
@@ -103,14 +105,15 @@ def evaluate(
 ) -> None:
     """Score a model's pictures. Example: python -m sparsedm evaluate glyphs-uvit-2x4 scores --n 2048 --base glyphs-uvit"""
     from ..checkpoints import folders
+    from ..data import latents
     from ..measure import evaluation
     from ..measure.protocol import Protocol
     from ..support import files, processes
-    from .common import autoencoder, on, outcome, show
+    from .common import on, outcome, show
 
     protocol, others = Protocol(n, sampler, steps, guidance, seed, batch_size, precision), None
     loaded = folders.load(model).to(on(device))
-    decoder = autoencoder(vae, loaded.device)
+    decoder = latents.autoencoder(vae).to(loaded.device) if vae else None
     evaluation.check(n, data, inception, reference)
     evaluation.check_model(loaded, data, base, inception)
     evaluation.check_decoder(loaded, decoder)

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -143,15 +142,6 @@ def on(device: str) -> torch.device:
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)
     return chosen
-
-
-def autoencoder(folder: str, device: torch.device) -> nn.Module | None:
-    """The AutoencoderKL in a folder, None for "". Raises ValueError if there is no such folder."""
-    from diffusers import AutoencoderKL
-
-    if folder and not Path(folder).is_dir():
-        raise ValueError(f"{folder} is no folder of an autoencoder")
-    return AutoencoderKL.from_pretrained(folder).to(device).eval() if folder else None
 
 
 def load_or_build(name: str, seed: int = 0) -> nn.Module:

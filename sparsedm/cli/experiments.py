@@ -139,8 +139,8 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure this machine: what packing gains, what masks cost. Example: python -m sparsedm bench --what layers"""
-    counts, sizes = numbers("--threads", threads), numbers("--batches", batches)
-    kinds = words("--dtypes", dtypes, ("float32", "bfloat16", "float16"))
+    counts, sizes = numbers("--threads", threads) if threads else [], numbers("--batches", batches)
+    kinds = words("--dtypes", dtypes, ("float32", "bfloat16", "float16")) if dtypes else []
     if output and output.suffix == ".png":
         raise ValueError(f"{output} is where the figure would be drawn; name a JSON file")
     if output:
@@ -151,6 +151,8 @@ def bench(
 
     place = on(device)
     chosen = benches.benchmark(what, place)
+    if output and chosen.drawn:
+        files.check_writable(output.with_suffix(".png"))
     kinds = kinds or ["float32" if place.type == "cpu" else "bfloat16"]
     options = benches.Options(models.split(","), sizes, kinds, counts, place, compile, runs)
     result = benches.run(chosen, options, (lambda line: None) if json else functools.partial(print, flush=True))

@@ -66,17 +66,17 @@ def settings(given: list[str] | None) -> dict:
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """[1, 4] of "1,4". Raises ValueError, with the option's name, for other than whole numbers of at least 1."""
+    """[1, 4] of "1,4". Raises ValueError, with the option's name, for none, or other than whole numbers of at least 1."""
     parts = [part.strip() for part in text.split(",") if part]
-    if wrong := [part for part in parts if not part.isdecimal() or int(part) < 1]:
+    if wrong := [part for part in parts or [text] if not part.isdecimal() or int(part) < 1]:
         raise ValueError(f"{option} takes whole numbers of at least 1, such as 1,4, not {wrong[0]!r}")
     return list(map(int, parts))
 
 
 def words(option: str, text: str, known: Collection[str]) -> list[str]:
-    """["float32", "bfloat16"] of "float32,bfloat16". Raises ValueError, with the option's name, for other words than `known`."""
+    """["float32", "bfloat16"] of "float32,bfloat16". Raises ValueError, with the option, for none or words not in `known`."""
     parts = [part.strip() for part in text.split(",") if part]
-    if wrong := [part for part in parts if part not in known]:
+    if wrong := [part for part in parts or [text] if part not in known]:
         raise ValueError(f"{option} takes {', '.join(known)}, not {wrong[0]!r}")
     return parts
 

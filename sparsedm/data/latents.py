@@ -108,6 +108,13 @@ def _null(path: Path, text: list[int]) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
+def autoencoder(folder: str | Path) -> AutoencoderKL:
+    """The autoencoder in a folder. Raises ValueError if there is no such folder, where diffusers would ask the hub."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is no folder of an autoencoder")
+    return AutoencoderKL.from_pretrained(folder).eval()
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKL, dataset: Dataset, folder: str | Path, *, batch_size: int = 32, seed: int = 0) -> Iterator[int]:
     """Write the scaled latents of pictures in [-1, 1] and their labels to `folder`, in float16; yields how many are done.

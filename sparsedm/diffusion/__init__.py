@@ -1,6 +1,6 @@
 """Noise schedules and samplers."""
 
-from .samplers import STEP_SEEDS, SampleState, generate, sample, start_noise, step_generators
+from .samplers import STEP_SEEDS, SampleState, generate, prepare, sample, start_noise, step_generators
 from .schedules import (
     SAMPLERS,
     add_noise,
@@ -16,6 +16,6 @@ from .schedules import (
 
 __all__ = [
     "SAMPLERS", "STEP_SEEDS", "SampleState", "add_noise", "draw_timesteps", "generate", "is_flow", "make_scheduler",
-    "possible_samplers", "predict_noise", "predict_x0", "sample", "start_noise", "step_generators", "target",
+    "possible_samplers", "predict_noise", "predict_x0", "prepare", "sample", "start_noise", "step_generators", "target",
     "training_scheduler",
 ]  # fmt: skip

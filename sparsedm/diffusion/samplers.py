@@ -89,19 +89,7 @@ def sample(
             no `conditioning`, a scheduler that is not for models like this, guidance for a model without classes or out of range,
             a class that the model does not have, or steps out of range.
     """
-    denoisers.refuse_unknown(model, PIPELINE)
-    if denoisers.of(model).flow:
-        raise ValueError(f"{type(model).__name__} predicts a flow; {PIPELINE}")
-    denoisers.require(model, ("class_labels", *(conditioning or {})), "pass it in conditioning={...}")
-    scheduler = make_scheduler(sampler, model) if isinstance(sampler, str) else sampler
-    _set_timesteps(scheduler, steps)
-    if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance must be a finite number of at least 0, not {guidance}")
-    null = null_label(model)
-    if null is not None and class_labels is not None and not 0 <= int(class_labels.min()) <= int(class_labels.max()) <= null:
-        raise ValueError(f"the classes of this model are 0 to {null - 1}, and {null} for none")
-    if null is None and (class_labels is not None or (guidance and negative is None)):
-        raise ValueError("this model has no classes: leave class_labels out and guidance at 0, or give negative={...}")
+    scheduler = prepare(model, sampler, steps, class_labels, conditioning, negative, guidance)
     parameter = next(model.parameters())
     x = noise.to(parameter.device, parameter.dtype) * scheduler.init_noise_sigma
     guided = guidance != 0 and (class_labels is not None or negative is not None)
@@ -120,6 +108,32 @@ def sample(
             x0 = _predicted_x0(scheduler, stepped, output, step, t, x)
             x = stepped.prev_sample
         yield SampleState(step, len(scheduler.timesteps), t.item(), x, x0, seconds)
+
+
+def prepare(
+    model: nn.Module,
+    sampler: str | SchedulerMixin = "ddim",
+    steps: int = 50,
+    class_labels: torch.Tensor | None = None,
+    conditioning: Inputs | None = None,
+    negative: Inputs | None = None,
+    guidance: float = 0.0,
+) -> SchedulerMixin:
+    """The scheduler, at its first step, with which `sample` takes these arguments. Raises ValueError as `sample`."""
+    denoisers.refuse_unknown(model, PIPELINE)
+    if denoisers.of(model).flow:
+        raise ValueError(f"{type(model).__name__} predicts a flow; {PIPELINE}")
+    denoisers.require(model, ("class_labels", *(conditioning or {})), "pass it in conditioning={...}")
+    scheduler = make_scheduler(sampler, model) if isinstance(sampler, str) else sampler
+    _set_timesteps(scheduler, steps)
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance must be a finite number of at least 0, not {guidance}")
+    null = null_label(model)
+    if null is not None and class_labels is not None and not 0 <= int(class_labels.min()) <= int(class_labels.max()) <= null:
+        raise ValueError(f"the classes of this model are 0 to {null - 1}, and {null} for none")
+    if null is None and (class_labels is not None or (guidance and negative is None)):
+        raise ValueError("this model has no classes: leave class_labels out and guidance at 0, or give negative={...}")
+    return scheduler
 
 
 def _set_timesteps(scheduler: SchedulerMixin, steps: int) -> None:

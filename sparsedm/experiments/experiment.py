@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from .. import data, plots
 from ..checkpoints import folders
+from ..data import latents
 from ..masking import layers, nm
 from ..measure import evaluation, fingerprint, macs, metrics, sizes
 from ..measure.evaluation import Progress
@@ -156,7 +156,9 @@ def _prepare(
     if chosen.data.startswith("latents:") and (not vae or (inception and not reference)):
         raise ValueError(f"{name} makes latents: name the folder of an autoencoder (vae), and for FID real pictures (reference)")
     protocol = protocol or chosen.protocol
-    evaluation.check(protocol.n, chosen.data, inception)
+    evaluation.check(protocol.n, chosen.data, inception, reference)
+    if vae:
+        latents.autoencoder(vae)
     protocol = replace(protocol, seed=protocol.seed + seed)
     return Plan(name, chosen, out, protocol, settings, seed, inception, vae, reference, commit)
 
@@ -225,7 +227,7 @@ def _sources(plan: Plan) -> dict[str, str]:
     if plan.inception:
         sources["inception"] = fingerprint.of_tensors({}, hashlib.sha256(Path(plan.inception).read_bytes()).hexdigest())
     if plan.vae:
-        sources["vae"] = fingerprint.of_model(AutoencoderKL.from_pretrained(plan.vae))
+        sources["vae"] = fingerprint.of_model(latents.autoencoder(plan.vae))
     if plan.reference:
         sources["reference"] = fingerprint.of_tensors({}, plan.reference)
     if plan.reference.startswith("folder:") and (folder := Path(plan.reference.removeprefix("folder:"))).is_dir():
@@ -300,7 +302,7 @@ def _pictures(model: nn.Module, plan: Plan) -> Iterator[Progress]:
     than the main one.
     """
     chosen, protocol, base_images = plan.recipe, plan.protocol, None
-    decoder = AutoencoderKL.from_pretrained(plan.vae).to(model.device) if plan.vae else None
+    decoder = latents.autoencoder(plan.vae).to(model.device) if plan.vae else None
     options = {"dataset": chosen.data, "vae": decoder}
     own = evaluation.sample(model, plan.folder, protocol, **options)
     base = _base_pictures(plan, options)  # both folders are checked before anything is drawn

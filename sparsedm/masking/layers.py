@@ -181,14 +181,12 @@ def sparsify(
     """
     refuse_adapters(model)
     refuse_fused(model)
-    pattern = NMPattern.parse(pattern)
-    overrides = {glob: NMPattern.parse(p) for glob, p in (overrides or {}).items()}
+    pattern = NMPattern.sparse(pattern)
+    overrides = {glob: NMPattern.sparse(p) for glob, p in (overrides or {}).items()}
     if decay_mode not in DECAY_MODES:
         raise ValueError(f"decay_mode {decay_mode!r} is none of {', '.join(DECAY_MODES)}")
     if not 0 <= decay < math.inf:
         raise ValueError(f"decay must not be negative, it is {decay}")
-    if pattern.n == pattern.m:
-        raise ValueError(f"pattern {pattern} keeps every weight; take N < M, such as 2:4")
     excluded = default_rule(model) if exclude is None else by_globs(exclude)
     layers = dict(weight_layers(model))
     bypassed = _shared_weights(model) | dict(bypassed or {})
@@ -353,9 +351,9 @@ def set_pattern(model: nn.Module, pattern: str | NMPattern) -> None:
     """Give every sparse-training layer another pattern; weights and optimiser state stay, frozen masks are taken anew.
 
     Raises:
-        ValueError: a layer's input axis is not a multiple of M (nothing is changed then).
+        ValueError: a pattern N:N, or a layer's input axis is not a multiple of M (nothing is changed then).
     """
-    pattern = NMPattern.parse(pattern)
+    pattern = NMPattern.sparse(pattern)
     for name, module in nm_layers(model):
         if module.weight.shape[1] % pattern.m:
             raise ValueError(f"{name} has {module.weight.shape[1]} inputs, not a multiple of {pattern.m}")

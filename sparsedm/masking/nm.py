@@ -35,6 +35,14 @@ class NMPattern:
             raise ValueError(f"pattern {text!r} is not N:M with 1 <= N <= M <= {MAX_M}, such as '2:4'")
         return cls(int(match[1]), int(match[2]))
 
+    @classmethod
+    def sparse(cls, text: "str | NMPattern") -> "NMPattern":
+        """As `parse`, for layers that become sparse. Raises ValueError also for N:N, which keeps every weight."""
+        pattern = cls.parse(text)
+        if pattern.n == pattern.m:
+            raise ValueError(f"pattern {pattern} keeps every weight; take N < M, such as 2:4")
+        return pattern
+
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 

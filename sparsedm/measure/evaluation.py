@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
 from .. import data, diffusion
 from ..data import latents
@@ -191,15 +191,23 @@ def check(n: int, dataset: str, inception: str | None = None, reference: str = "
     """Check, before pictures are drawn, that `score` can score n of them.
 
     Raises:
-        ValueError: too few pictures, or Inception's weights that cannot be used.
-        OSError: no `reference`, or no file of Inception's weights.
+        ValueError: too few pictures on either side, an unknown data set, or Inception's weights that cannot be used.
+        OSError: no data set to compare with, or no file of Inception's weights.
     """
     if inception:
         metrics.check_inception(inception)
-    if reference:
-        data.load(reference)
     if dataset.startswith("glyphs") or inception:
         metrics.require("a Fréchet distance", n, metrics.MIN_SAMPLES["fd"])
+        compared = _compared(n, None, dataset, reference)
+        metrics.require(f"a Fréchet distance to {reference or dataset}", len(compared), metrics.MIN_SAMPLES["fd"])
+    elif reference:
+        data.load(reference)
+
+
+def _compared(n: int, size: int | None, dataset: str, reference: str) -> Dataset:
+    """The data set that n pictures of this size are compared with."""
+    options = {"split": "test", "n": n} if dataset.startswith("glyphs") else {"size": size}
+    return data.load(reference or dataset, **options)
 
 
 def check_decoder(model: nn.Module, vae: AutoencoderKL | None) -> None:
@@ -210,7 +218,7 @@ def check_decoder(model: nn.Module, vae: AutoencoderKL | None) -> None:
 
 
 def check_model(model: nn.Module, dataset: str, base: str, inception: str | None) -> None:
-    """Raise ValueError if there is nothing to score the model's pictures by."""
+    """Raise ValueError or OSError if there is nothing to score the model's pictures by, or no such data set."""
     channels, name = denoisers.of(model).shape(model)[0], type(model).__name__
     if dataset.startswith("glyphs"):
         expected = data.load(dataset, n=1)[0][0].shape
@@ -218,6 +226,8 @@ def check_model(model: nn.Module, dataset: str, base: str, inception: str | None
             raise ValueError(f"{dataset} are pictures of shape {list(expected)}, and those of {name} are not; name its own data")
     elif not (base or inception):
         raise ValueError(f"{dataset} is scored with Inception's weights (FID) or against a base (SSIM); name one")
+    elif dataset not in data.NAMES:  # SSIM needs no pictures of a known set
+        data.load(dataset)
 
 
 def check_base(model: nn.Module, base: nn.Module) -> None:
@@ -249,8 +259,7 @@ def score(
     glyphs = dataset.startswith("glyphs")
     scores = {"n": len(images)}
     if glyphs or inception:
-        options = {"split": "test", "n": len(images)} if glyphs else {"size": images.shape[-1]}
-        scores |= metrics.frechet(images, data.load(reference or dataset, **options), inception)
+        scores |= metrics.frechet(images, _compared(len(images), images.shape[-1], dataset, reference), inception)
     if glyphs and asked is not None:
         scores["readability"] = metrics.readability(images, asked)
     if base is not None:

@@ -11,7 +11,7 @@ from torch import nn
 from ..models import dryrun
 from ..packing.packed import is_packed
 from ..support import markdown
-from .speed import all_threads, pair, randomised, with_threads
+from .speed import all_threads, check, pair, randomised, with_threads
 
 KINDS = ("packed layers", "dense layers", "norms", "activations", "rest")
 _NORMS, _ACTIVATIONS = (nn.GroupNorm, nn.LayerNorm), (nn.SiLU, nn.GELU, nn.ReLU, nn.Mish)
@@ -28,6 +28,7 @@ def measure(
 
     "rest" is the time outside of these layers: attention's products, additions, reshapes, and the framework.
     """  # fmt: skip
+    check(models)
     for name, dtype, count in itertools.product(models, dtypes, threads or all_threads()[-1:]):
         with with_threads(count), torch.no_grad():
             _, fast = pair(name, getattr(torch, dtype), batch)

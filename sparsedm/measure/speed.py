@@ -110,6 +110,7 @@ def measure_steps(
     Bundled models are compared with their 2:4 student, and with the pruned one; the papers' configurations get random weights,
     one-shot masked, which take the same time.
     """
+    check(models)
     for name, dtype, count, batch in itertools.product(models, dtypes, threads or all_threads(device), batches):
         with with_threads(count):
             dense, fast = pair(name, getattr(torch, dtype), batch, device)
@@ -139,6 +140,13 @@ def _pruned(name: str, dtype: torch.dtype, device: str | torch.device) -> dict[s
     return (
         {"pruned": cast(folders.load(f"{name}-diffpruned"), dtype, device)} if f"{name}-diffpruned" in folders.bundled() else {}
     )
+
+
+def check(models: Sequence[str]) -> None:
+    """Raise ValueError or FileNotFoundError, before the first of them is measured, if a name is none that `pair` takes."""
+    for name in models:
+        if name not in papers.PAPER_MODELS:
+            folders.read_json(folders.weights_of(name).parent / folders.CONFIG)
 
 
 def pair(name: str, dtype: torch.dtype, batch: int, device: str | torch.device = "cpu") -> tuple[nn.Module, nn.Module]:

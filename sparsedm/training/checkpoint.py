@@ -91,7 +91,7 @@ class TrainConfig:
         if starts != sorted(set(starts)):
             raise ValueError(f"pattern_schedule steps must increase, they are {starts}")
         for _, pattern in self.pattern_schedule:
-            nm.NMPattern.parse(pattern)
+            nm.NMPattern.sparse(pattern)
 
     @classmethod
     def of(cls, options: dict) -> "TrainConfig":
