@@ -370,8 +370,8 @@ def test_half_precision_inputs_are_computed_in_float32(layer, x, cast):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda m: setattr(m, "values", m.values[:, :-2]),
-        lambda m: setattr(m, "values", m.values[:-1]),
+        lambda m: setattr(m.values, "data", m.values[:, :-2]),
+        lambda m: setattr(m.values, "data", m.values[:-1]),
         lambda m: setattr(m, "positions", m.positions[:-1]),
         lambda m: setattr(m, "positions", m.positions.int()),
         lambda m: setattr(m, "bias", m.bias[:-1]),
@@ -394,7 +394,7 @@ def test_operators_refuse_float64(layer, x, name):
     if name == "x":
         x = x.double()
     else:
-        setattr(m, name, getattr(m, name).double())
+        getattr(m, name).data = getattr(m, name).double()
     with pytest.raises(ValueError, match="packed kernel"):
         operate(m, x)
 
