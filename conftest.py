@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread for each worker and for what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 ALONE_NOTEBOOKS = ("01_nm_masks.ipynb", "08_speed.ipynb")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: runs while no other test does")
-    if hasattr(config, "workerinput"):  # before torch is imported: one thread for each worker
-        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_report_header() -> str:

@@ -25,6 +25,7 @@ def variants(calls: list):
     return {"dense": lambda: large @ large, "packed": lambda: small @ small}
 
 
+@pytest.mark.alone
 def test_measured_once_and_remembered_by_the_next_process(file, monkeypatch):
     calls = []
     found = tuning.times(("layer", 1), lambda: variants(calls))
