@@ -17,7 +17,7 @@ from sparsedm.models.uvit import UViTModel
 from sparsedm.pruning import diffpruning
 
 COUNT = 300
-SECONDS = 1.0  # of computing, for any damaged folder
+SECONDS = 5.0  # of computing, on a busy machine, for any damaged folder
 CONFIG = {"sample_size": 8, "in_channels": 1, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
 SCHEDULE = {
     "num_train_timesteps": 1000, "prediction_type": "v_prediction", "beta_start": 1e-4, "beta_end": 0.02,
