@@ -16,6 +16,7 @@ from scipy import stats
 
 from ..masking import layers
 from ..masking.dense import default_rule
+from ..masking.plain import weight_layers
 from ..measure import macs
 from ..models.uvit import UViTModel
 from ..support import markdown
@@ -180,7 +181,7 @@ def _skips_dense(teacher: Recipe, pattern: str) -> int:
     cls, config = teacher.model
     model = cls(**config)
     excluded = default_rule(model)
-    dense = [name for name, _ in layers.weight_layers(model) if excluded(name) or name.endswith(".skip_linear")]
+    dense = [name for name, _ in weight_layers(model) if excluded(name) or name.endswith(".skip_linear")]
     return macs.count(layers.sparsify(model, pattern, exclude=dense)).sparse
 
 

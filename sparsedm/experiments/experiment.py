@@ -24,6 +24,7 @@ from .. import data, plots
 from ..checkpoints import folders
 from ..data import latents
 from ..masking import layers, nm
+from ..masking.plain import weight_layers
 from ..measure import evaluation, fingerprint, macs, metrics, sizes
 from ..measure.evaluation import Progress
 from ..models import denoisers
@@ -419,7 +420,7 @@ def _check_pattern(model: nn.Module, chosen: Recipe) -> None:
     if not chosen.pattern:
         return
     expected = {name for name, _ in layers.nm_layers(layers.sparsify(copy.deepcopy(model), chosen.pattern))}
-    for name, module in layers.weight_layers(model):
+    for name, module in weight_layers(model):
         if name in expected and nm.verify(module.weight, chosen.pattern):
             raise ValueError(f"{name} is not {chosen.pattern} in the saved model")
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..masking import layers, nm
 from ..masking.dense import default_rule
+from ..masking.plain import weight_layers
 from ..support import fields
 from ..support.fields import Count, NonNegative, Range, Seed, Share
 from ..support.files import replacing
@@ -226,7 +227,7 @@ def _make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     hidden = {}
     if config.optimizer == "muon":
         excluded = default_rule(model)
-        linears = [(n, m) for n, m in layers.weight_layers(model) if isinstance(m, nn.Linear)]
+        linears = [(n, m) for n, m in weight_layers(model) if isinstance(m, nn.Linear)]
         hidden = {id(m.weight): m.weight for n, m in linears if not excluded(n)}
     rest = [p for p in model.parameters() if id(p) not in hidden]
     adamw = torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
