@@ -15,7 +15,7 @@ from ranks import command
 
 from sparsedm import data
 from sparsedm.checkpoints import folders
-from sparsedm.experiments import experiment, recipes
+from sparsedm.experiments import beginning, experiment, plan, recipes
 from sparsedm.masking import layers
 from sparsedm.measure import evaluation, metrics
 from sparsedm.models.uvit import UViTModel
@@ -35,7 +35,7 @@ def tiny_recipes(monkeypatch, tmp_path):
     student = recipes.Recipe("headline", "Tiny", "student", "teacher", pattern="2:4", distil=True, train=TRAIN, bundle=True)
     monkeypatch.setitem(recipes.RECIPES, "teacher", teacher)
     monkeypatch.setitem(recipes.RECIPES, "student", student)
-    monkeypatch.setattr(experiment.data, "load", lambda name, **options: data.Glyphs(**{"n": 72, **options}))
+    monkeypatch.setattr(data, "load", lambda name, **options: data.Glyphs(**{"n": 72, **options}))
     monkeypatch.setattr(folders, "ASSETS", tmp_path / "assets")
     monkeypatch.setattr(experiment, "RESULTS", tmp_path / "assets" / "results")
     return tmp_path / "runs"
@@ -63,7 +63,7 @@ def test_teacher_and_student_end_to_end(tiny_recipes, monkeypatch):
 
 @pytest.mark.parametrize("reinit", [False, True])
 def test_pruned_models_are_made_by_recipe(tiny_recipes, monkeypatch, reinit):
-    monkeypatch.setattr(experiment, "IMPORTANCE_PICTURES", 4)
+    monkeypatch.setattr(beginning, "IMPORTANCE_PICTURES", 4)
     prune = {"ratio": 0.5, "round_to": 4, "score": "squared", "threshold": 0.9, "reinit": reinit}
     monkeypatch.setitem(recipes.RECIPES, "pruned", recipes.Recipe("headline", "Tiny", "pruned", "teacher", prune=prune))
     torch.manual_seed(1)
@@ -99,7 +99,7 @@ def test_scratch_draws_the_weights_of_the_narrow_layers():
     wide.register_to_config(noise_schedule=SCHEDULE)
     prune = {"ratio": 0.75, "score": "random", "reinit": True}
     with pytest.raises(StopIteration) as end:
-        next(experiment._pruned(wide, recipes.Recipe("headline", "Tiny", "scratch", prune=prune), None, 0))
+        next(beginning.pruned(wide, recipes.Recipe("headline", "Tiny", "scratch", prune=prune), None, 0))
     for name, layer in layers.weight_layers(end.value.value):
         bound = layer.weight[0].numel() ** -0.5  # PyTorch draws uniformly up to it
         assert 0.8 * bound < layer.weight.abs().max() < 1.0001 * bound, name
@@ -111,8 +111,8 @@ def carry_out(out):
     options = {"pattern": "2:4", "distil": True, "prune": prune, "train": TRAIN, "watch": (0, 2)}
     protocol = recipes.Protocol(n=30, steps=2, batch_size=8)
     recipes.RECIPES["pruned"] = recipes.Recipe("headline", "Tiny", "pruned", "teacher", **options, protocol=protocol)
-    experiment.IMPORTANCE_PICTURES, experiment.WATCH_PICTURES, metrics.MIN_SAMPLES["fd"] = 4, 20, 20
-    experiment.data.load = lambda name, **options: data.Glyphs(**{"n": 72, **options})
+    beginning.IMPORTANCE_PICTURES, experiment.WATCH_PICTURES, metrics.MIN_SAMPLES["fd"] = 4, 20, 20
+    data.load = lambda name, **options: data.Glyphs(**{"n": 72, **options})
     evaluation.score = lambda images, *rest: {"n": len(images), "mean": images.float().mean().item()}
     command("reproduce", "pruned", "--out", out, "--json")
 
@@ -219,9 +219,9 @@ def test_seeds_have_their_own_runs_and_noise(tiny_recipes, monkeypatch):
 def test_results_name_the_commit_that_the_run_began_with(tiny_recipes, monkeypatch):
     monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
     states = experiment.reproduce("teacher", tiny_recipes, PROTOCOL)
-    monkeypatch.setattr(experiment, "_commit", lambda: "abc1234")
+    monkeypatch.setattr(plan, "code_version", lambda: "abc1234")
     next(states)
-    monkeypatch.setattr(experiment, "_commit", lambda: "another")
+    monkeypatch.setattr(plan, "code_version", lambda: "another")
     list(states)
     assert json.loads((tiny_recipes / "teacher/results.json").read_text())["commit"] == "abc1234"
 
@@ -341,7 +341,7 @@ def test_a_model_that_a_kill_left_between_two_renames_is_found(tiny_recipes):
 def test_student_that_is_not_sparse_is_not_scored(tiny_recipes):
     model = UViTModel(**TINY)
     model.register_to_config(noise_schedule=SCHEDULE)
-    experiment._note_settings(tiny_recipes / "student", TRAIN)
+    plan.note_settings(tiny_recipes / "student", TRAIN)
     folders.save(model, tiny_recipes / "student" / "model")
     with pytest.raises(ValueError, match=r"in_blocks\.0\.attn\.qkv is not 2:4"):
         next(experiment.reproduce("student", tiny_recipes, PROTOCOL))

@@ -24,6 +24,7 @@ HALF = 0.55  # share of the MACs that counts as half
 CONSISTENT = 0.93  # SSIM that counts as close to the original's pictures: the Diff-Pruning paper's on CIFAR-10
 FASTER = 1.1  # speed-up that counts as faster
 
+
 @dataclass(frozen=True)
 class Verdict:
     """The judgement on a claim.
