@@ -26,7 +26,7 @@ from sparsedm.training import runlog
 TINY = {"sample_size": 16, "in_channels": 1, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 37}
 TRAIN = {"steps": 6, "batch_size": 8, "lr": 1e-3, "checkpoint_every": 2}
 SCHEDULE = recipes.RECIPES["glyphs-uvit"].schedule
-PROTOCOL = recipes.Protocol(n=2048, steps=2)
+PROTOCOL = recipes.Protocol(n=64, steps=2, batch_size=16)
 
 
 @pytest.fixture
@@ -36,6 +36,10 @@ def tiny_recipes(monkeypatch, tmp_path):
     monkeypatch.setitem(recipes.RECIPES, "teacher", teacher)
     monkeypatch.setitem(recipes.RECIPES, "student", student)
     monkeypatch.setattr(data, "load", lambda name, **options: data.Glyphs(**{"n": 72, **options}))
+    monkeypatch.setitem(metrics.MIN_SAMPLES, "fd", PROTOCOL.n)  # scores of few pictures: quick, and enough to tell runs apart
+    monkeypatch.setattr(metrics, "KID_SUBSET", 32)
+    monkeypatch.setattr(experiment, "WATCH_PICTURES", PROTOCOL.n)
+    monkeypatch.setattr(evaluation, "CHUNK", 20)
     monkeypatch.setattr(folders, "ASSETS", tmp_path / "assets")
     monkeypatch.setattr(experiment, "RESULTS", tmp_path / "assets" / "results")
     return tmp_path / "runs"
@@ -57,7 +61,7 @@ def test_teacher_and_student_end_to_end(tiny_recipes, monkeypatch):
     )
     again = [state.stage for state in experiment.reproduce("student", tiny_recipes, PROTOCOL)]
     assert again == ["done"]  # a finished run is not repeated ...
-    more = [state.stage for state in experiment.reproduce("student", tiny_recipes, dataclasses.replace(PROTOCOL, n=2050))]
+    more = [state.stage for state in experiment.reproduce("student", tiny_recipes, dataclasses.replace(PROTOCOL, n=66))]
     assert {"sample", "score"} <= set(more)  # ... unless it is to be scored in another way
 
 
@@ -187,7 +191,7 @@ def test_watched_run_has_a_curve_that_ends_with_its_score(tiny_recipes, monkeypa
     list(experiment.reproduce("watched", tiny_recipes, PROTOCOL))
     result = json.loads((tiny_recipes / "watched" / "results.json").read_text())
     assert [point["step"] for point in result["curve"]] == [0, 2, 4, 6]
-    assert result["curve"][-1]["fd_glyph"] == pytest.approx(result["scores"]["fd_glyph"])  # both on 2,048 pictures
+    assert result["curve"][-1]["fd_glyph"] == pytest.approx(result["scores"]["fd_glyph"])  # of the same pictures
     assert len({point["fd_glyph"] for point in result["curve"]}) == 4
 
 
