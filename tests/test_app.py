@@ -191,15 +191,15 @@ def test_training_stops_within_a_step_when_the_page_is_closed(url, join, taken):
         next(line for line in stream.iter_lines() if "process_generating" in line)
         assert until(lambda: taken)
     before = len(taken)
-    assert until(lambda: not tune._stops)
+    assert until(lambda: not tune.running)
     assert len(taken) - before <= 2 and before + 2 < tune.EVERY
 
 
 def test_training_stops_when_nobody_ever_listens(join, taken, monkeypatch):
     monkeypatch.setattr(visitors, "PATIENCE", 1.0)
     join("finetune", TRAINING)
-    assert until(lambda: tune._stops)
-    assert until(lambda: not tune._stops)
+    assert until(lambda: tune.running)
+    assert until(lambda: not tune.running)
     assert len(taken) < 2 * tune.EVERY
 
 
@@ -223,7 +223,7 @@ def test_a_comparison_comes_between_the_steps_of_a_training_and_a_cancelled_trai
     assert not job.done() and len(taken) < 200
     job.cancel()
     before = len(taken)
-    assert until(lambda: not tune._stops)
+    assert until(lambda: not tune.running)
     assert len(taken) - before <= 2
     guest.close()
 
