@@ -51,7 +51,7 @@ def trial(monkeypatch, tmp_path):
         config = narrow(PAPER[PAPER[name].base or name]).model[1]
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(8, config.get("in_channels", 3), *[config["sample_size"]] * 2, generator=generator).clamp(-1, 1)
-        if not PAPER[name].data.startswith("latents:"):
+        if data.kind(PAPER[name].data) != "latents":
             return TensorDataset(images, torch.arange(8))
         text = torch.randn(9, config.get("context_tokens", 1), config.get("context_dim") or 1, generator=generator)
         given = {"encoder_hidden_states": text[:8]} if config.get("context_dim") else {"labels": torch.arange(8)}
@@ -67,7 +67,7 @@ def trial(monkeypatch, tmp_path):
     def start(name: str):
         monkeypatch.setattr(data, "load", lambda data, **options: data if not isinstance(data, str) else stand_in(name))
         monkeypatch.setitem(recipes.RECIPES, name, narrow(PAPER[name]) if not PAPER[name].base else PAPER[name])
-        latent = PAPER[name].data.startswith("latents:")
+        latent = data.kind(PAPER[name].data) == "latents"
         protocol = dataclasses.replace(PAPER[name].protocol, n=2, steps=2)
         return experiment.reproduce(name, tmp_path, protocol, vae=vae if latent else None, **settings(name))
 

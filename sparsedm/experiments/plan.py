@@ -83,7 +83,7 @@ def prepare(
         TrainConfig.of(settings)
     if settings and seed:
         settings["seed"] = seed
-    if chosen.data.startswith("latents:") and (not vae or (inception and not reference)):
+    if data.kind(chosen.data) == "latents" and (not vae or (inception and not reference)):
         raise ValueError(f"{name} makes latents: name the folder of an autoencoder (vae), and for FID real pictures (reference)")
     protocol = protocol or chosen.protocol
     evaluation.check(protocol.n, chosen.data, inception, reference)
@@ -129,7 +129,7 @@ def sources_of(plan: Plan) -> dict[str, str]:
         sources["vae"] = fingerprint.of_model(latents.autoencoder(plan.vae))
     if plan.reference:
         sources["reference"] = fingerprint.of_tensors({}, plan.reference)
-    if plan.reference.startswith("folder:") and (folder := Path(plan.reference.removeprefix("folder:"))).is_dir():
+    if data.kind(plan.reference) == "folder" and (folder := Path(plan.reference.removeprefix("folder:"))).is_dir():
         sources["reference_files"] = _of_pictures(folder)
     return sources
 

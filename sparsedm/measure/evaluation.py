@@ -102,7 +102,7 @@ def _draw(model: nn.Module, protocol: Protocol, start: int, end: int, asked: dic
 
 def _texts(model: nn.Module, dataset: str) -> latents.Latents | None:
     """The data set whose texts condition the model; None if the model takes no text."""
-    if denoisers.null_label(model) is not None or not dataset.startswith("latents:"):
+    if denoisers.null_label(model) is not None or data.kind(dataset) != "latents":
         return None
     texts = data.load(dataset)
     return texts if isinstance(texts[0][1], dict) else None
@@ -196,7 +196,7 @@ def check(n: int, dataset: str, inception: str | None = None, reference: str = "
     """
     if inception:
         metrics.check_inception(inception)
-    if dataset.startswith("glyphs") or inception:
+    if data.kind(dataset) == "glyphs" or inception:
         metrics.require("a Fréchet distance", n, metrics.MIN_SAMPLES["fd"])
         compared = _compared(n, None, dataset, reference)
         metrics.require(f"a Fréchet distance to {reference or dataset}", len(compared), metrics.MIN_SAMPLES["fd"])
@@ -206,7 +206,7 @@ def check(n: int, dataset: str, inception: str | None = None, reference: str = "
 
 def _compared(n: int, size: int | None, dataset: str, reference: str) -> Dataset:
     """The data set that n pictures of this size are compared with."""
-    options = {"split": "test", "n": n} if dataset.startswith("glyphs") else {"size": size}
+    options = {"split": "test", "n": n} if data.kind(dataset) == "glyphs" else {"size": size}
     return data.load(reference or dataset, **options)
 
 
@@ -220,7 +220,7 @@ def check_decoder(model: nn.Module, vae: AutoencoderKL | None) -> None:
 def check_model(model: nn.Module, dataset: str, base: str, inception: str | None) -> None:
     """Raise ValueError or OSError if there is nothing to score the model's pictures by, or no such data set."""
     channels, name = denoisers.of(model).shape(model)[0], type(model).__name__
-    if dataset.startswith("glyphs"):
+    if data.kind(dataset) == "glyphs":
         expected = data.load(dataset, n=1)[0][0].shape
         if (channels, denoisers.picture_size(model)) != tuple(expected[:2]):
             raise ValueError(f"{dataset} are pictures of shape {list(expected)}, and those of {name} are not; name its own data")
@@ -256,7 +256,7 @@ def score(
         inception: path of torch-fidelity's Inception weights.
         reference: name of a data set to compare with instead of the training set.
     """
-    glyphs = dataset.startswith("glyphs")
+    glyphs = data.kind(dataset) == "glyphs"
     scores = {"n": len(images)}
     if glyphs or inception:
         scores |= metrics.frechet(images, _compared(len(images), images.shape[-1], dataset, reference), inception)
