@@ -94,7 +94,7 @@ def between(a: Score, b: Score, share: float) -> Score:
 
 
 def told_apart() -> str:
-    """How far FD-glyph varies by chance, in a sentence or two."""
+    """How far FD-glyph varies by chance, in words."""
     try:
         spread = chance()
     except MissingEvidence:
@@ -102,7 +102,7 @@ def told_apart() -> str:
     single, three = (math.expm1(spread.reach(runs, runs)) for runs in (1, 3))
     most = max((row for row in _rows() if len(row.runs) > 1), key=_deviation)
     return (
-        f"From seed to seed FD-glyph varies by {spread.deviation:.1%} (standard deviation of all methods together,"
-        f" {spread.freedom} degrees of freedom; most of all, {_deviation(most):.0%}, in {most.recipe.title}): single runs count"
+        f"*Chance*: from seed to seed FD-glyph varies by {spread.deviation:.1%} (standard deviation of all methods together,"
+        f" {spread.freedom} degrees of freedom; most of all, {_deviation(most):.0%}, in {most.recipe.title}). Single runs count"
         f" as different from {single:.0%} on, means of three from {three:.0%} on (t-test, {CONFIDENCE:.0%})."
     )
