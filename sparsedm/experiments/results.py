@@ -138,7 +138,7 @@ def summary_table() -> str:
     head = ("model", "FD-glyph ↓", "M MACs", "times faster ↑", "MB")
     caption = f"""FD-glyph measures quality: the Fréchet distance on a glyph classifier's features ({_drawn(rows[0].runs[0])});
         it is not FID. {_SEEDS} MACs: multiply-accumulates per picture and step, zeros skipped. {_FASTER}
-        MB: of the float16 file, packed for 2:4."""
+        MB: the float16 file, without the zeros of 2:4 layers."""
     return f"{markdown.table(head, map(_summary_row, rows))}\n\n{' '.join(caption.split())}"
 
 
