@@ -1,6 +1,5 @@
 """Calibration: N:M sparsity in one shot, layer after layer, from what the layers see. No gradients, no training."""
 
-import contextlib
 import copy
 import math
 import time
@@ -12,19 +11,15 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from .. import data as data_module
-from .. import diffusion
 from ..masking import layers, nm, obs
 from ..masking.nm import NMPattern
 from ..masking.obs import Moments
-from ..models import denoisers, students
-from ..models.denoisers import Inputs, each
+from ..models import students
 from ..models.dryrun import meta_copy, structure_of
-from ..support import markdown, processes
-from . import distill
-from .checkpoint import TrainConfig
+from ..support import markdown
+from .calls import Call, Enough, calls_of, hooked
 
 METHODS = ("magnitude", "wanda", "obs", "admm")
 WEIGHTS = ("uniform", "obs-diff")
@@ -54,15 +49,6 @@ def worst(states: Sequence[LayerState], count: int = 10) -> str:
     rows = sorted(states, key=lambda state: -state.after)[:count]
     head = ("layer", "relative error", "with magnitude's mask", "instead")
     return markdown.table(head, ((row.name, f"{row.after:.4f}", f"{row.before:.4f}", row.fallback) for row in rows))
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of the model: its arguments, and the timestep [B] of every row."""
-
-    args: tuple
-    kwargs: Inputs
-    timestep: torch.Tensor
 
 
 @torch.no_grad()
@@ -122,7 +108,7 @@ def calibrate(
     full = all(p.dtype == torch.float32 for p in model.parameters())
     teacher = (structure_of(model) if full else copy.deepcopy(model).float()).eval()
     student = structure_of(teacher)
-    calls = _calls(model, teacher, data, n, batch_size, seed, scheduler, sampling)
+    calls = calls_of(model, teacher, data, n, batch_size, seed, scheduler, sampling)
     row_weights = _row_weights(calls, weights)
     runs = _runs(teacher, patterns, calls[0])
     if not runs:
@@ -154,93 +140,7 @@ def _check(model: nn.Module, data, method: str, weights: str, sampling: Mapping,
         raise ValueError(f"{next(iter(sampling))} is for calibration without data")
 
 
-# --- what the model is called with -------------------------------------------------------------------------------------
-
-
-def _calls(model, teacher, data, n, batch_size, seed, scheduler, sampling) -> list[_Call]:
-    if callable(data) and not isinstance(data, (str, Dataset)):
-        return _recorded(model, data)
-    if data is None:
-        return _recorded(teacher, lambda: _sample(teacher, n, batch_size, seed, **sampling))
-    return list(_noised(teacher, data, n, batch_size, seed, scheduler))
-
-
-def _noised(model, data, n: int, batch_size: int, seed: int, scheduler: SchedulerMixin | None) -> Iterator[_Call]:
-    """Pictures of a data set at random timesteps, as in a step of training."""
-    dataset = data_module.load(data, size=denoisers.picture_size(model))
-    size = min(batch_size, n, len(dataset))
-    config = TrainConfig(steps=-(-n // size), batch_size=size, seed=seed)
-    scheduler = scheduler or diffusion.training_scheduler(model)
-    distill._check_data(model, dataset, config)
-    draw = distill._StepDraw(model, scheduler, config, processes.accelerator("no"), getattr(dataset, "null", None))
-    batches = data_module.StepSampler(len(dataset), size, seed, 0, config.steps)
-    like, denoiser = next(model.parameters()), denoisers.of(model)
-    for step, (images, labels) in enumerate(DataLoader(dataset, batch_sampler=batches, generator=torch.Generator())):
-        with draw.random_stream(step):
-            images, noise, t, given = draw(images, labels)
-        noisy = diffusion.add_noise(scheduler, images, noise, t)
-        noisy, t, given = each(lambda x: x.to(like.device), {"x": noisy, "t": t, "given": given}).values()
-        yield from _recorded(model, lambda x=noisy, t=t, given=given: denoiser.predict(model, x, t, given), compute=False)
-
-
-def _sample(model, n: int, batch_size: int, seed: int, *, steps: int = 20, **options) -> None:
-    """Sample so many pictures that the model is called with n inputs; `options` are arguments of `diffusion.sample`."""
-    given = {name: each(_full, options.pop(name, None)) for name in ("class_labels", "conditioning", "negative")}
-    rows, null = _rows(given) or -(-n // steps), denoisers.null_label(model)
-    if null is not None and given["class_labels"] is None:
-        given["class_labels"] = torch.arange(rows) % null
-    for start in range(0, rows, batch_size):
-        stop = min(start + batch_size, rows)
-        numbers = {"n": stop - start, "seed": seed, "first": start}
-        noise, generators = diffusion.start_noise(model, **numbers), diffusion.step_generators(**numbers)
-        some = each(lambda x, part=slice(start, stop): x[part], given)
-        diffusion.generate(model, noise, steps=steps, generator=generators, **options, **some)
-
-
-def _rows(inputs: Inputs) -> int | None:
-    """How many rows the first tensor in `inputs` has."""
-    rows = []
-    each(lambda x: rows.append(len(x)), inputs)
-    return next(iter(rows), None)
-
-
-class _Enough(Exception):
-    """Raised in a hook: the rest of the call is not needed."""
-
-
-def _recorded(model: nn.Module, run: Callable[[], Any], compute: bool = True) -> list[_Call]:
-    """The calls of `model` while `run` runs, in float32; without `compute` the first alone, which is broken off."""
-    found = []
-
-    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        args, kwargs = tuple(each(_full, x) for x in args), each(_full, kwargs)
-        t = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
-        found.append(_Call(args, kwargs, t.double().cpu().expand(_rows({"picture": args[0] if args else None, **kwargs}))))
-        if not compute:
-            raise _Enough
-
-    with _hooked([model.register_forward_pre_hook(note, with_kwargs=True)]):
-        run()
-    if not found:
-        raise ValueError(f"data did not call the {type(model).__name__}; let it run a pipeline that holds this very model")
-    return found
-
-
-def _full(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().float() if x.is_floating_point() else x.detach()
-
-
-@contextlib.contextmanager
-def _hooked(handles: list) -> Iterator[None]:
-    try:
-        with contextlib.suppress(_Enough):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _row_weights(calls: Sequence[_Call], kind: str) -> Sequence[torch.Tensor | None]:
+def _row_weights(calls: Sequence[Call], kind: str) -> Sequence[torch.Tensor | None]:
     """A weight [B] for the rows of each call; None for all 1."""
     if kind == "uniform":
         return [None] * len(calls)
@@ -259,19 +159,19 @@ class _Runs:
     tokens: int = 0
 
 
-def _runs(model: nn.Module, names: Collection[str], call: _Call) -> dict[str, _Runs]:
+def _runs(model: nn.Module, names: Collection[str], call: Call) -> dict[str, _Runs]:
     """How the layers run in a call, in the order of their first run."""
-    found: dict[str, _Runs] = {}
+    by_name: dict[str, _Runs] = {}
 
     def see(name: str, layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
-        runs = found.setdefault(name, _Runs())
+        runs = by_name.setdefault(name, _Runs())
         runs.times, runs.tokens = runs.times + 1, runs.tokens + y.numel() // len(layer.weight)
 
     _watch(model, names, call, see)
-    return found
+    return by_name
 
 
-def _watch(model: nn.Module, names: Collection[str], call: _Call, see: Callable, stop_after: int = -1) -> None:
+def _watch(model: nn.Module, names: Collection[str], call: Call, see: Callable, stop_after: int = -1) -> None:
     """Call the model with `see(name, layer, input, output)` after the named layers; it ends after so many of these."""
     seen = 0
 
@@ -281,11 +181,11 @@ def _watch(model: nn.Module, names: Collection[str], call: _Call, see: Callable,
             see(name, layer, args[0] if args else kwargs["input"], output)
             seen += 1
             if seen == stop_after:
-                raise _Enough
+                raise Enough
 
         return after
 
-    with _hooked([model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in names]):
+    with hooked([model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in names]):
         model(*call.args, **call.kwargs)
 
 
@@ -302,7 +202,7 @@ def _packages(model: nn.Module, runs: Mapping[str, _Runs], count: int, max_memor
     yield package
 
 
-def _warn_of_few(model: nn.Module, runs: Mapping[str, _Runs], calls: Sequence[_Call]) -> None:
+def _warn_of_few(model: nn.Module, runs: Mapping[str, _Runs], calls: Sequence[Call]) -> None:
     rows = sum(len(call.timestep) for call in calls)
     needed = {}  # rows, for as many tokens as inputs
     for name, found in runs.items():
