@@ -1,4 +1,4 @@
-"""The papers' recipes start, train, save and resume, on stand-in data of the papers' shapes and at a fraction of the width."""
+"""The papers' recipes start, train, save and resume, on stand-in data and at a fraction of the width and the pictures' size."""
 
 import dataclasses
 import functools
@@ -25,12 +25,12 @@ TRIAL = {"steps": 4, "batch_size": 2, "checkpoint_every": 1, "mixed_precision": 
 
 
 def narrow(found: recipes.Recipe) -> recipes.Recipe:
-    """The same recipe with a model of few channels, for pictures and labels of the same shape."""
+    """The same recipe with a model of few channels, for pictures of 32x32 at most and the same labels."""
     cls, config = found.model
     if cls is UNet2DModel:
         shrink = 8 if config["sample_size"] > 64 else 4
         widths = tuple(width // shrink for width in config["block_out_channels"])
-        config = {**config, "block_out_channels": widths, "norm_num_groups": 4, "layers_per_block": 1}
+        config = {**config, "sample_size": 32, "block_out_channels": widths, "norm_num_groups": 4, "layers_per_block": 1}
     else:
         config = {**config, "embed_dim": 32, "depth": 2, "num_heads": 2}
     return dataclasses.replace(found, model=(cls, config))
