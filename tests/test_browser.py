@@ -17,7 +17,13 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 WAIT = 90_000  # ms; generous, for other work may share the machine
 DONE = "document.querySelector('#verdict')?.innerText.includes('SSIM between')"
-TABS = ("Compare", "Masks", "Trade-off", "Speed here", "Fine-tune")
+TABS = {  # and what is there when the tab has been filled
+    "Compare": "#verdict",
+    "Masks": "text=2:4 keeps",
+    "Trade-off": ".scatter .point >> nth=0",
+    "Speed here": "button:text-is('Measure')",
+    "Fine-tune": "button:text-is('Train')",
+}
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +138,9 @@ def test_masks_follow_the_slider(open_page):
 def test_every_tab_fits_the_screen(open_page, tmp_path, width, theme):
     sheet, folder = open_page(width, theme), Path(os.environ.get("SPARSEDM_SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
-    for tab in TABS:
+    for tab, content in TABS.items():
         show(sheet, tab)
-        if tab == "Masks":
-            sheet.get_by_text("2:4 keeps").wait_for(timeout=WAIT)
-        sheet.wait_for_timeout(1500)
+        sheet.locator(content).first.wait_for(timeout=WAIT)
+        sheet.wait_for_timeout(300)  # fonts and transitions
         assert sheet.evaluate("document.documentElement.scrollWidth") <= width
         sheet.screenshot(path=folder / f"{tab.replace(' ', '-').lower()}-{width}-{theme}.png", full_page=True)
