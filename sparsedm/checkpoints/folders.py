@@ -106,10 +106,14 @@ def save(
     diffusers does. Equal models make equal files, with a checksum for each tensor.
 
     Raises:
-        ValueError: `folder` holds other things; the model has adapters or fused projections, which `load` cannot rebuild; a
-            tensor is not finite, too large for `dtype`, or so small that it would lose more than `LOST` of itself (named).
+        ValueError: no diffusers model; `folder` holds other things; the model has adapters or fused projections, which `load`
+            cannot rebuild; a tensor (named) is not finite, too large for `dtype`, or so small that it would lose more than `LOST`
+            of itself.
         OSError: the folder cannot be written; an earlier folder stays.
     """
+    if not hasattr(model, "save_config"):
+        remedy = "derive it from diffusers' ModelMixin and ConfigMixin, or save its state_dict() with torch"
+        raise ValueError(f"{type(model).__name__} is no diffusers model, which a folder needs; {remedy}")
     layers.refuse_adapters(model)
     layers.refuse_fused(model)
     _check_replaceable(Path(folder))

@@ -210,6 +210,8 @@ def _check_trainable(model: nn.Module, teacher: nn.Module | None, scheduler: Sch
         raise ValueError(f"{name} predicts a flow; pass a FlowMatchEulerDiscreteScheduler, not a {type(scheduler).__name__}")
     if denoisers.predicts_variance(model) and (teacher is None or not config.teacher_weight):
         raise ValueError(f"{name} predicts a variance, too, which only a teacher can train here; use finetune with one")
+    if config.gradient_checkpointing and not hasattr(model, "enable_gradient_checkpointing"):
+        raise ValueError(f"{name} has no enable_gradient_checkpointing(); leave gradient_checkpointing out")
 
 
 def _check_data(model: nn.Module, dataset: Dataset, config: TrainConfig) -> None:
