@@ -454,7 +454,7 @@ def _edit_config(folder, **changes):
     (lambda f: _edit_weights(f, **{"conv_in.weight": torch.ones(3, 3, 3, 3), "conv_in.bias": torch.ones(3)}), "do not fit each"),
     (lambda f: (f / "unet" / "diffusion_pytorch_model.bin").unlink(), "ddpm_pruned holds no weights; Diff-Pruning's have unet/"),
     (lambda f: _edit_config(f, _class_name="UNet2DConditionModel"), "names the class 'UNet2DConditionModel', not 'UNet2DModel'"),
-    (lambda f: _edit_config(f, block_out_channels="many"), "config.json: no UNet2DModel can be made of it"),
+    (lambda f: _edit_config(f, block_out_channels="many"), "config.json: block_out_channels is .many., but UNet2DModel takes a list"),
     (lambda f: _edit_config(f, layers_per_block=10**6), "config.json: layers_per_block is 1000000, but there are"),
     (lambda f: _edit_config(f, block_out_channels=[2**20, 2**20], norm_num_groups=2), "conv_shortcut.* is not of UNet2DModel"),
 ])  # fmt: skip
