@@ -28,6 +28,7 @@ class Latents(Dataset):
 
     Attributes:
         folder: the folder of the files.
+        files: the files of the latents, in order, and null.safetensors, if it is there.
         channels: C of the latents.
         size: h and w of the latents.
         null: the tensors in null.safetensors by name, {} without the file.
@@ -51,6 +52,7 @@ class Latents(Dataset):
                 raise ValueError(f"{path} holds latents or texts of another shape than {paths[0].name}; {_ANEW}")
         self._entries = [(path, i) for path in paths for i in range(shapes[path][0][0])]
         self._checked = set()
+        self.files = [*paths, *self.folder.glob(NULL)]
         self.classes = () if text else range(1 + max(map(_highest_label, paths)))
         self.null = _null(self.folder / NULL, text) if (self.folder / NULL).exists() else {}
 

@@ -113,9 +113,8 @@ def _origin(model: nn.Module, vae: AutoencoderKL | None, texts: latents.Latents 
     origin = {"model": fingerprint.of_model(model)}
     if vae is not None:
         origin["vae"] = fingerprint.of_model(vae)
-    if texts is not None:  # their number, the first, the last and the empty text
-        some = {f"{i}.{k}": v for i in (0, len(texts) - 1) for k, v in texts[i][1].items()}
-        origin["texts"] = fingerprint.of_tensors(some | texts.null, str(len(texts)))
+    if texts is not None:
+        origin["texts"] = fingerprint.of_files(texts.files)
     return origin
 
 
