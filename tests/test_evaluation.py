@@ -169,6 +169,12 @@ def test_other_texts_are_refused(tmp_path):
         evaluation.sample(model, tmp_path / "out", PROTOCOL, **told[2])
 
 
+def test_latents_are_nothing_to_compare_pictures_with_and_refused_at_the_start():
+    for dataset, reference in (("latents:a", ""), ("cifar10", "latents:a")):
+        with pytest.raises(ValueError, match=r"latents:a holds latents, no pictures .*\(reference\)"):
+            evaluation.check(2048, dataset, "inception.pth", reference)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 

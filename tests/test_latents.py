@@ -91,6 +91,11 @@ def test_folders_without_latents_are_refused_by_name(tmp_path):
             "labels": torch.zeros(2),
         },
         r"2\.safetensors: latents \[4, 8\] are not \[n, C, h, w\]": {"latents": torch.zeros(4, 8), "labels": torch.zeros(4)},
+        r"2\.safetensors: its labels \[2\] are not \[n\] from 0 on; remove it": {
+            "latents": torch.zeros(2, 4, 8, 8),
+            "labels": torch.tensor([1, -1]),
+        },
+        r"2\.safetensors: its labels \[2, 3\] are not": {"latents": torch.zeros(2, 4, 8, 8), "labels": torch.zeros(2, 3)},
         r"2\.safetensors: .* or \[3\] is not theirs": {"latents": torch.zeros(2, 4, 8, 8), "labels": torch.zeros(3)},
     }
     for message, content in wrong.items():

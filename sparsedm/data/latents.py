@@ -36,8 +36,8 @@ class Latents(Dataset):
 
     Raises:
         FileNotFoundError: no such folder, or no safetensors file in it.
-        ValueError: a file that cannot be read, lacks latents or labels, or whose latents or texts have another shape than those
-            beside (named). Checksums are compared when a file is first read from.
+        ValueError: a file that cannot be read, lacks latents or labels, has labels below 0, or whose latents or texts have
+            another shape than those beside (named). Checksums are compared when a file is first read from.
     """
 
     def __init__(self, folder: str | Path):
@@ -96,9 +96,12 @@ def _shape(path: Path) -> tuple[list[int], list[int]]:
 
 
 def _highest_label(path: Path) -> int:
+    """-1 without labels. Raises ValueError, with the name of the file, for labels that are not [n] or below 0."""
     with _opened(path) as file:
         labels = file.get_tensor("labels")
-        return int(labels.max()) if len(labels) else -1
+    if labels.dim() != 1 or (labels < 0).any():
+        raise ValueError(f"{path}: its labels {list(labels.shape)} are not [n] from 0 on; {_ANEW}")
+    return int(labels.max()) if len(labels) else -1
 
 
 def _null(path: Path, text: list[int]) -> dict[str, torch.Tensor]:

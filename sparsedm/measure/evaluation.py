@@ -190,9 +190,12 @@ def check(n: int, dataset: str, inception: str | None = None, reference: str = "
     """Check, before pictures are drawn, that `score` can score n of them.
 
     Raises:
-        ValueError: too few pictures on either side, an unknown data set, or Inception's weights that cannot be used.
+        ValueError: too few pictures on either side, an unknown data set, latents to compare with, or Inception's weights that
+            cannot be used.
         OSError: no data set to compare with, or no file of Inception's weights.
     """
+    if inception and (reference or dataset).startswith("latents:"):
+        raise ValueError(f"{reference or dataset} holds latents, no pictures to compare with; name real pictures (reference)")
     if inception:
         metrics.check_inception(inception)
     if dataset.startswith("glyphs") or inception:
