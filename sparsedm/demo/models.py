@@ -14,7 +14,7 @@ from ..checkpoints import folders
 from ..experiments.recipes import RECIPES
 from ..masking import layers
 from ..measure import macs, sizes
-from ..models import denoisers
+from ..models import denoisers, students
 from ..packing import packed
 
 ONE_SHOT = ("2:4", "1:4", "3:4", "4:8", "7:8", "15:16")
@@ -128,7 +128,7 @@ class Catalogue:
         entry = self.entries[key]
         model = folders.load(entry.source)
         if entry.pattern:
-            layers.fold(layers.sparsify(model, entry.pattern))
+            layers.fold(students.sparsify(model, entry.pattern))
         model = nn.Module.to(model, self.device)
         parameters, nonzero = sizes.parameters(model), sizes.nonzero(model)
         if layers.patterns(model):

@@ -26,7 +26,7 @@ from ..data import latents
 from ..masking import layers, nm
 from ..measure import evaluation, fingerprint, macs, metrics, sizes
 from ..measure.evaluation import Progress
-from ..models import denoisers
+from ..models import denoisers, students
 from ..models.uvit import UViTModel
 from ..pruning import diffpruning, structure
 from ..support import processes, tensorfiles
@@ -366,7 +366,7 @@ def _start(chosen: Recipe, out: Path, seed: int) -> Iterator[Progress]:
     if chosen.calibrate:
         yield from _calibrated(model, chosen, seed)
     elif chosen.pattern:
-        layers.sparsify(model, chosen.pattern, **chosen.sparsify)
+        students.sparsify(model, chosen.pattern, **chosen.sparsify)
     return model, teacher
 
 
@@ -418,7 +418,7 @@ def _check_pattern(model: nn.Module, chosen: Recipe) -> None:
     """Raise ValueError if a layer of the saved student is not N:M that the recipe makes so."""
     if not chosen.pattern:
         return
-    expected = {name for name, _ in layers.nm_layers(layers.sparsify(copy.deepcopy(model), chosen.pattern))}
+    expected = {name for name, _ in layers.nm_layers(students.sparsify(copy.deepcopy(model), chosen.pattern))}
     for name, module in layers.weight_layers(model):
         if name in expected and nm.verify(module.weight, chosen.pattern):
             raise ValueError(f"{name} is not {chosen.pattern} in the saved model")
