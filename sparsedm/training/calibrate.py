@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import math
 import time
 import warnings
@@ -21,7 +22,7 @@ from ..masking.nm import NMPattern
 from ..masking.obs import Moments
 from ..models import denoisers, students
 from ..models.denoisers import Inputs, each
-from ..models.dryrun import meta_copy, structure_of
+from ..models.dryrun import bypassed, meta_copy, structure_of
 from ..support import markdown, processes
 from . import distill
 from .checkpoint import TrainConfig
@@ -124,6 +125,9 @@ def calibrate(
     student = structure_of(teacher)
     calls = _calls(model, teacher, data, n, batch_size, seed, scheduler, sampling)
     row_weights = _row_weights(calls, weights)
+    for name, reason in bypassed(teacher, _by_name(model, calls[0])).items():
+        if patterns.pop(name, None):
+            shadow.get_submodule(name).dense_reason = NOT_RUN if reason == layers.NEVER_CALLED else reason
     runs = _runs(teacher, patterns, calls[0])
     if not runs:
         raise ValueError(
@@ -171,8 +175,8 @@ def _noised(model, data, n: int, batch_size: int, seed: int, scheduler: Schedule
     size = min(batch_size, n, len(dataset))
     config = TrainConfig(steps=-(-n // size), batch_size=size, seed=seed)
     scheduler = scheduler or diffusion.training_scheduler(model)
-    distill._check_data(model, dataset, config)
-    draw = distill._StepDraw(model, scheduler, config, processes.accelerator("no"), getattr(dataset, "null", None))
+    distill.check_data(model, dataset, config)
+    draw = distill.StepDraw(model, scheduler, config, processes.accelerator("no"), getattr(dataset, "null", None))
     batches = data_module.StepSampler(len(dataset), size, seed, 0, config.steps)
     like, denoiser = next(model.parameters()), denoisers.of(model)
     for step, (images, labels) in enumerate(DataLoader(dataset, batch_sampler=batches, generator=torch.Generator())):
@@ -202,6 +206,12 @@ def _rows(inputs: Inputs) -> int | None:
     rows = []
     each(lambda x: rows.append(len(x)), inputs)
     return next(iter(rows), None)
+
+
+def _by_name(model: nn.Module, call: _Call) -> dict[str, Any]:
+    """All arguments of a call as keyword arguments."""
+    named = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
+    return {name: value for name, value in named.items() if name != "kwargs"} | named.get("kwargs", {})
 
 
 class _Enough(Exception):
