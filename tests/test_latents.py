@@ -133,7 +133,7 @@ def test_latents_that_do_not_fit_the_model_are_refused_before_training(tmp_path)
         rf"takes latents of 16x16, {tmp_path} holds 8x8; encode": (16, 9),
         rf"10 classes .*the data set 12 in {tmp_path}; take a model with more classes": (8, 11),
         rf"the data set 11 in {tmp_path}; .*p_uncond=0": (8, 10),
-        r"the data has the label -1, the model those from 0 to 10": (8, -1),
+        r"0\.safetensors: its labels \[4\] are not \[n\] from 0 on": (8, -1),
     }
     for message, (size, label) in wrong.items():
         labels = torch.full((4,), label)

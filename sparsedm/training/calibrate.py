@@ -125,14 +125,13 @@ def calibrate(
     student = structure_of(teacher)
     calls = _calls(model, teacher, data, n, batch_size, seed, scheduler, sampling)
     row_weights = _row_weights(calls, weights)
+    chosen = ", ".join(list(patterns)[:3])
     for name, reason in bypassed(teacher, _by_name(model, calls[0])).items():
         if patterns.pop(name, None):
             shadow.get_submodule(name).dense_reason = NOT_RUN if reason == layers.NEVER_CALLED else reason
     runs = _runs(teacher, patterns, calls[0])
     if not runs:
-        raise ValueError(
-            f"no chosen layer ran in calibration ({', '.join(list(patterns)[:3])}); choose others, or give other data"
-        )
+        raise ValueError(f"no chosen layer ran in calibration ({chosen}); choose others, or give other data")
     _warn_of_few(teacher, runs, calls)
     generator, notes = torch.Generator().manual_seed(seed), {}
     for package in _packages(teacher, runs, packages, max_memory):
