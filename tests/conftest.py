@@ -7,6 +7,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import pytest
 import torch
+from torch import nn
 
 import sparsedm  # noqa: F401  (repairs torchvision before diffusers is imported)
 from sparsedm import data
@@ -31,6 +32,24 @@ def _unet(**changes):
         "norm_num_groups": 4, "attention_head_dim": 8, "num_class_embeds": 5, **changes,
     }  # fmt: skip
     return UNet2DModel(**config)
+
+
+class Own(nn.Module):
+    """A denoiser of somebody's own, without a config: it takes 8x8 pictures of one channel and returns a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_in, self.mid, self.conv_out = nn.Conv2d(1, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 1, 3, 1, 1)
+
+    def forward(self, x, t):
+        return self.conv_out(self.mid(self.conv_in(x).relu()).relu())
+
+
+@pytest.fixture
+def own() -> nn.Module:
+    """A plain module, 8x8, one channel, no classes, no config."""
+    torch.manual_seed(0)
+    return Own()
 
 
 @pytest.fixture(autouse=True)

@@ -366,3 +366,11 @@ def test_refusals_name_the_remedy_and_change_nothing(make_model, arguments, opti
 def test_a_model_in_sparse_training_is_refused(make_model):
     with pytest.raises(ValueError, match="in sparse training; calibrate the dense one"):
         next(sparsedm.calibrate(layers.sparsify(make_model("uvit")), Tokens()))
+
+
+def test_a_layer_that_runs_and_is_read_elsewhere_stays_dense_in_a_model_whose_inputs_are_unknown():
+    model, x = Reads(), torch.randn(64, 16)
+    before = state(model)
+    states = list(sparsedm.calibrate(model, lambda: model(x, torch.zeros(64))))
+    assert [s.name for s in states] == ["lin"] and same(model, before | lin_of(model))
+    assert "outside of its forward" in model.both.dense_reason

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -78,7 +79,9 @@ def test_official_uvits_are_known_by_their_sizes(name, monkeypatch):
         model = papers.build(name)
         monkeypatch.setattr(convert, "read", lambda path: model.state_dict())
         monkeypatch.setattr(convert, "fill", lambda model, *rest: model)
-        converted = convert.uvit("file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing is assumed
+            converted = convert.uvit("file")
     assert {key: converted.config[key] for key in model.config if key[0] != "_"} == {
         key: value for key, value in model.config.items() if key[0] != "_"
     }
@@ -436,6 +439,30 @@ def test_truncated_checkpoints(tmp_path):
         convert.load(tmp_path / "file.pth")
 
 
+def test_what_is_assumed_of_a_model_of_other_than_official_sizes_is_said_with_its_option(tmp_path, recwarn):
+    torch.save(UVIT, tmp_path / "uvit.pth")
+    torch.save(DDIM, tmp_path / "ddim.ckpt")
+    with pytest.warns(UserWarning, match=r"uvit.pth: norm_eps 1e-05 and qk_scale 1 / sqrt.*--norm-eps.*--qk-scale"):
+        convert.load(tmp_path / "uvit.pth", num_heads=2)
+    with pytest.warns(UserWarning, match=r"uvit.pth: qk_scale 1 / sqrt\(width of a head\) .*give qk_scale"):
+        convert.load(tmp_path / "uvit.pth", num_heads=2, norm_eps=1e-6)
+    with pytest.warns(UserWarning, match=r"ddim.ckpt: norm_eps 1e-06 .*\(--norm-eps\)"):
+        convert.load(tmp_path / "ddim.ckpt", sample_size=32)
+    recwarn.clear()
+    convert.load(tmp_path / "uvit.pth", num_heads=2, norm_eps=1e-6, qk_scale=0.1)
+    convert.load(tmp_path / "ddim.ckpt", sample_size=32, norm_eps=1e-6)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(("content", "options"), [("UVIT", {"num_heads": 2}), ("DDIM", {"sample_size": 32})])
+def test_a_checkpoint_is_read_once(content, options, tmp_path, monkeypatch):
+    reads, read = [], convert.read
+    monkeypatch.setattr(convert, "read", lambda path: reads.append(path) or read(path))
+    torch.save(globals()[content], tmp_path / "file.pth")
+    convert.load(tmp_path / "file.pth", **options)
+    assert len(reads) == 1
+
+
 def _edit_weights(folder, **changes):
     path = folder / "unet" / "diffusion_pytorch_model.bin"
     torch.save(edited(torch.load(path, weights_only=True), **changes), path)
@@ -454,7 +481,7 @@ def _edit_config(folder, **changes):
     (lambda f: _edit_weights(f, **{"conv_in.weight": torch.ones(3, 3, 3, 3), "conv_in.bias": torch.ones(3)}), "do not fit each"),
     (lambda f: (f / "unet" / "diffusion_pytorch_model.bin").unlink(), "ddpm_pruned holds no weights; Diff-Pruning's have unet/"),
     (lambda f: _edit_config(f, _class_name="UNet2DConditionModel"), "names the class 'UNet2DConditionModel', not 'UNet2DModel'"),
-    (lambda f: _edit_config(f, block_out_channels="many"), "config.json: no UNet2DModel can be made of it"),
+    (lambda f: _edit_config(f, block_out_channels="many"), "config.json: block_out_channels is .many., but .* takes a list"),
     (lambda f: _edit_config(f, layers_per_block=10**6), "config.json: layers_per_block is 1000000, but there are"),
     (lambda f: _edit_config(f, block_out_channels=[2**20, 2**20], norm_num_groups=2), "conv_shortcut.* is not of UNet2DModel"),
 ])  # fmt: skip

@@ -3,6 +3,7 @@
 import os
 import pickle
 import resource
+import struct
 import sys
 from pathlib import Path
 
@@ -167,6 +168,19 @@ def test_what_is_cropped_away_is_not_computed_and_the_rest_is_the_same(size):
         found = pictures.fit(image, target).permute(1, 2, 0).numpy().astype(int)
         difference = np.abs(found - _old_fit(image, target))
         assert difference.max() <= (2 if size[0] != size[1] else 0) and (difference > 0).mean() < 0.002  # of rounding
+
+
+@pytest.mark.parametrize(
+    "error", [struct.error("unpack requires 4 bytes"), IndexError("index out of range"), EOFError(), TypeError("x")]
+)
+def test_a_picture_is_named_whatever_its_reader_raises(tmp_path, monkeypatch, error):
+    def failing(path):
+        raise error
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", failing)
+    with pytest.raises(ValueError, match=r"cannot read the picture .*a\.png: (unpack|index|EOFError|x).*; remove or replace it"):
+        data.load(f"folder:{tmp_path}")[0]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and RLIMIT_AS")

@@ -426,7 +426,7 @@ def test_text_models_are_sampled_with_what_conditions_them_and_guidance(name):
 def test_pictures_of_any_number_of_axes_are_flipped_whole():
     for shape in ((3, 16), (3, 5, 4, 4)):
         pictures = torch.arange(64 * 3 * 16.0).view(64, *shape) if len(shape) == 2 else torch.randn(64, *shape)
-        draw = distill._StepDraw(make("UNet1DModel"), diffusion.make_scheduler("ddpm"), _FLIP, distill.Accelerator())
+        draw = distill.StepDraw(make("UNet1DModel"), diffusion.make_scheduler("ddpm"), _FLIP, distill.Accelerator())
         flipped, *_ = draw(pictures, torch.zeros(64))
         turned = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, pictures)]
         assert flipped.shape == pictures.shape and 0 < sum(turned) < 64

@@ -458,3 +458,10 @@ def test_weights_of_any_precision_are_scored(dtype):
 def test_rounding_to_nothing_is_refused(round_to):
     with pytest.raises(ValueError, match=f"round_to {round_to} is not a positive number"):
         diffpruning.prune(folders.load("glyphs-uvit"), 0.5, score="random", round_to=round_to)
+
+
+def test_a_module_of_ones_own_without_a_config_is_pruned(own):
+    images, inputs = torch.randn(4, 1, 8, 8), {"x": torch.zeros(1, 1, 8, 8), "t": torch.zeros(1)}
+    assert len(list(diffpruning.importance(own, images, threshold=0.9))) > 0
+    pruned = diffpruning.prune(own, 0.5, inputs=inputs)
+    assert pruned.mid.weight.shape == (4, 4, 3, 3) and pruned(**inputs).shape == (1, 1, 8, 8)

@@ -451,3 +451,13 @@ def test_bad_sampling_arguments_are_errors(model, options, message):
     with pytest.raises(ValueError, match=message):
         diffusion.generate(model, torch.zeros(1, 1, 8, 8), **options)
     assert not model.calls
+
+
+def test_a_module_of_ones_own_without_a_config_samples_from_given_noise(own):
+    noise = torch.randn(2, 1, 8, 8)
+    states = list(sample(own, noise, steps=3))
+    assert len(states) == 3 and states[-1].sample.shape == noise.shape
+    with pytest.raises(ValueError, match="no classes: leave class_labels out"):
+        next(sample(own, noise, steps=3, class_labels=torch.tensor([0, 1])))
+    with pytest.raises(ValueError, match="Own has no config.sample_size and in_channels; give it both"):
+        start_noise(own, 2)

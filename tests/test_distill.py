@@ -10,8 +10,9 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
+import sparsedm
 from sparsedm import data, diffusion, plots
-from sparsedm.masking import layers
+from sparsedm.masking import layers, nm
 from sparsedm.models.uvit import UViTModel
 from sparsedm.support import processes
 from sparsedm.training import checkpoint, distill, recovery, runlog
@@ -554,3 +555,16 @@ def test_checkpoints_from_before_a_setting_was_known_are_resumed(tmp_path):
     torch.save(content, tmp_path / checkpoint.CHECKPOINT)
     run(resumed, out=tmp_path)
     assert equal(whole, resumed)
+
+
+def test_a_module_of_ones_own_without_a_config_is_trained_and_made_sparse(own):
+    before = copy.deepcopy(own.state_dict())
+    run(own, steps=2)
+    assert not torch.equal(own.mid.weight, before["mid.weight"])
+    student = sparsedm.sparsify(copy.deepcopy(own), "2:4", include=["mid"])
+    states = list(distill.finetune(student, own, "digits", **{**STEPS, "steps": 2}))
+    assert states[-1].terms["teacher"] > 0 and nm.verify(layers.fold(student).mid.weight, "2:4") == 0
+    list(sparsedm.calibrate(own, "digits", n=64, include=["mid"], exclude=[]))
+    assert nm.verify(own.mid.weight, "2:4") == 0
+    with pytest.raises(ValueError, match=r"Own has no enable_gradient_checkpointing\(\); leave gradient_checkpointing out"):
+        run(own, gradient_checkpointing=True)

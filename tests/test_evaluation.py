@@ -155,16 +155,24 @@ def test_another_autoencoder_is_refused(tmp_path):
 def test_other_texts_are_refused(tmp_path):
     torch.manual_seed(0)
     model = UViTModel(sample_size=8, in_channels=4, embed_dim=16, depth=2, num_heads=2, context_dim=6, context_tokens=3)
-    for name in "ab":
+    text = torch.randn(3, 3, 6)
+    between = torch.cat([text[:1], torch.randn(1, 3, 6), text[2:]])  # the first and the last are the same
+    for name, texts in (("a", text), ("b", between)):
         (tmp_path / name).mkdir()
-        texts = {"latents": torch.zeros(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 3, 6)}
-        save_file(texts, tmp_path / name / "some.safetensors")
+        content = {"latents": torch.zeros(3, 4, 8, 8), "encoder_hidden_states": texts}
+        save_file(content, tmp_path / name / "some.safetensors")
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
     told = [{"dataset": f"latents:{tmp_path / name}"} for name in ("a", "copy", "b")]
     pictures = made(evaluation.sample(model, tmp_path / "out", PROTOCOL, **told[0]))
     assert torch.equal(made(evaluation.sample(model, tmp_path / "out", PROTOCOL, **told[1])), pictures)
     with pytest.raises(ValueError, match="other texts"):
         evaluation.sample(model, tmp_path / "out", PROTOCOL, **told[2])
+
+
+def test_latents_are_nothing_to_compare_pictures_with_and_refused_at_the_start():
+    for dataset, reference in (("latents:a", ""), ("cifar10", "latents:a")):
+        with pytest.raises(ValueError, match=r"latents:a holds latents, no pictures .*\(reference\)"):
+            evaluation.check(2048, dataset, "inception.pth", reference)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -178,3 +178,29 @@ def test_any_value_in_a_noise_schedule_is_refused_or_sampled_with(tmp_path):
                 diffusion.generate(back, noise, sampler=sampler, steps=steps, class_labels=labels)
                 drawn += 1
     assert refused > 80 and drawn > 50
+
+
+WRONG = [
+    *(("norm_eps", value) for value in (None, "x", [], {}, True, float("nan"))),
+    *(("downsample_padding", value) for value in (None, "1", [1], 1.5, True)),
+    *(("sample_size", value) for value in ("8", {}, 1.5, True)),
+    *(("mid_block_scale_factor", value) for value in ("1", [1], float("inf"))),
+    *(("center_input_sample", value) for value in ("no", [], 2)),
+    ("act_fn", 8), ("freq_shift", "0"), ("down_block_types", "DownBlock2D"),
+]  # fmt: skip
+RIGHT = {
+    "center_input_sample": None, "norm_eps": 1, "num_train_timesteps": False, "sample_size": [8, 8], "freq_shift": 0.0,
+    "flip_sin_to_cos": 1, "class_embed_type": None,
+}  # fmt: skip
+
+
+def test_a_setting_of_a_type_that_the_class_does_not_take_is_refused_by_name(tmp_path):
+    folders.save(unet(), tmp_path)
+    file = tmp_path / folders.CONFIG
+    config = json.loads(file.read_text())
+    for key, value in WRONG:
+        file.write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match=rf"{folders.CONFIG}: {key} is .*UNet2DModel takes (a|true|text|null)"):
+            folders.load(tmp_path)
+    file.write_text(json.dumps(config | RIGHT))
+    assert folders.load(tmp_path).config.sample_size == [8, 8]

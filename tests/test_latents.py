@@ -91,6 +91,11 @@ def test_folders_without_latents_are_refused_by_name(tmp_path):
             "labels": torch.zeros(2),
         },
         r"2\.safetensors: latents \[4, 8\] are not \[n, C, h, w\]": {"latents": torch.zeros(4, 8), "labels": torch.zeros(4)},
+        r"2\.safetensors: its labels \[2\] are not \[n\] from 0 on; remove it": {
+            "latents": torch.zeros(2, 4, 8, 8),
+            "labels": torch.tensor([1, -1]),
+        },
+        r"2\.safetensors: its labels \[2, 3\] are not": {"latents": torch.zeros(2, 4, 8, 8), "labels": torch.zeros(2, 3)},
         r"2\.safetensors: .* or \[3\] is not theirs": {"latents": torch.zeros(2, 4, 8, 8), "labels": torch.zeros(3)},
     }
     for message, content in wrong.items():
@@ -128,7 +133,7 @@ def test_latents_that_do_not_fit_the_model_are_refused_before_training(tmp_path)
         rf"takes latents of 16x16, {tmp_path} holds 8x8; encode": (16, 9),
         rf"10 classes .*the data set 12 in {tmp_path}; take a model with more classes": (8, 11),
         rf"the data set 11 in {tmp_path}; .*p_uncond=0": (8, 10),
-        r"the data has the label -1, the model those from 0 to 10": (8, -1),
+        r"0\.safetensors: its labels \[4\] are not \[n\] from 0 on": (8, -1),
     }
     for message, (size, label) in wrong.items():
         labels = torch.full((4,), label)

@@ -5,6 +5,7 @@ import torch
 
 import sparsedm
 from sparsedm.experiments import bench
+from sparsedm.masking import layers
 from sparsedm.measure import speed
 from sparsedm.packing import kernels
 
@@ -63,3 +64,21 @@ def test_benchmarks_of_the_cpu_are_refused_elsewhere():
         if not chosen.anywhere:
             with pytest.raises(ValueError, match=f"{name} is measured on the CPU, not on meta"):
                 bench.benchmark(name, torch.device("meta"))
+
+
+def test_the_student_of_a_users_model_keeps_layers_dense_whose_weight_is_read_elsewhere(make_model, monkeypatch):
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = torch.nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.lin(x) + torch.nn.functional.linear(x, self.lin.weight)
+
+    model = make_model("uvit").eval()
+    model.mid_block.mlp = Reader()
+    monkeypatch.setattr(speed.folders, "load", lambda name: model)
+    monkeypatch.setattr(speed.packed, "pack", lambda sparse, batch: sparse)
+    dense, sparse = speed.pair("own", torch.float32, 1)
+    assert torch.equal(sparse.mid_block.mlp.lin.weight, dense.mid_block.mlp.lin.weight)
+    assert "mid_block.attn.qkv" in layers.patterns(sparse)

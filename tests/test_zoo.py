@@ -545,3 +545,10 @@ def test_replacing_folder_survives_the_left_over_of_a_killed_process(tmp_path):
         _write(temporary, "new")
     assert [p.name for p in path.iterdir()] == ["file"]
     shutil.rmtree(left, ignore_errors=True)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_a_module_that_is_no_diffusers_model_is_not_saved_and_told_what_to_do(own, tmp_path, packed):
+    with pytest.raises(ValueError, match=r"Own is no diffusers model.*ModelMixin and ConfigMixin, or save its state_dict"):
+        folders.save(own, tmp_path / "out", packed=packed)
+    assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ known by their sizes. Pickled code in the files is refused, never run.
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from . import folders, skeleton
 from .statedict import State, check_names, count, fill, fitted, read, shape
 
 ATTENTION_SCALES = ("dense", "pruned")
+UVIT_EPS, DDIM_EPS = 1e-5, 1e-6  # of the norms in the official codes
 _OPTIONS = {
     "num_heads": "a number",
     "context_tokens": "a number",
@@ -49,7 +51,8 @@ def load(path: str | Path, **options) -> ModelMixin:
         ValueError: a checkpoint for none of these functions, an option that the function does not have or of another type, or as
             the function.
     """
-    converter = diff_pruning if Path(path).is_dir() else _converter(path)
+    state = None if Path(path).is_dir() else read(path)
+    converter = diff_pruning if state is None else _converter(state, path)
     known = {
         name: parameter.annotation for name, parameter in inspect.signature(converter).parameters.items() if name in _OPTIONS
     }
@@ -58,11 +61,10 @@ def load(path: str | Path, **options) -> ModelMixin:
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, known[name]):
             raise ValueError(f"{name} takes {_OPTIONS[name]}, not {value!r}")
-    return converter(path, **options)
+    return converter(path, **options) if state is None else converter(path, **options, state=state)
 
 
-def _converter(path: str | Path) -> Callable[..., ModelMixin]:
-    state = read(path)
+def _converter(state: State, path: str | Path) -> Callable[..., ModelMixin]:
     for convert, name in ((uvit, "patch_embed.proj.weight"), (ddim, "temb.dense.0.weight")):
         if name in state:
             return convert
@@ -74,8 +76,9 @@ def uvit(
     *,
     num_heads: int | None = None,
     context_tokens: int | None = None,
-    norm_eps: float | int = 1e-5,
+    norm_eps: float | int | None = None,
     qk_scale: float | int | None = None,
+    state: State | None = None,
 ) -> UViTModel:
     """U-ViT from `nnet_ema.pth`, or `nnet.pth`.
 
@@ -85,14 +88,17 @@ def uvit(
     Args:
         num_heads: heads of each attention; must be given unless an official model is as wide and as deep.
         context_tokens: number of text tokens of a text-to-image model; must be given unless an official model has as many.
-        norm_eps: the epsilon of the layer norms, by default as in the official code.
+        norm_eps: the epsilon of the layer norms, by default as in the official code: 1e-5.
         qk_scale: the factor of queries times keys in attention, by default as in the official code: 1 / sqrt(width of a head).
+        state: what `read` gives, if the file has been read.
+
+    A warning names the defaults that are taken, unless the model is an official one.
 
     Raises:
         ValueError: as `read`, a tensor that is missing, unexpected or of another shape (named), an argument that must be given
             or that the file contradicts, or an option of the official code that `UViTModel` does not have.
     """
-    state = read(path)
+    state = read(path) if state is None else state
     _refuse_uvit_options(state, path)
     _, tokens, dim = shape(state, "pos_embed", 3, path)
     _, channels, patch, _ = shape(state, "patch_embed.proj.weight", 4, path)
@@ -126,11 +132,13 @@ def uvit(
         context_dim=shape(state, "context_embed.weight", 2, path)[1] if text else None,
         context_tokens=context_tokens or CLIP_TOKENS,
         conv="final_layer.weight" in state,
-        norm_eps=_positive("norm_eps", norm_eps),
+        norm_eps=_positive("norm_eps", UVIT_EPS if norm_eps is None else norm_eps),
     )
     fill(model, state, path)
     if qk_scale is not None:
         _scale_queries(model, _positive("qk_scale", qk_scale) * math.sqrt(dim // heads))
+    if heads not in [config["num_heads"] for config in official]:
+        _tell_defaults(path, norm_eps=(norm_eps, UVIT_EPS), qk_scale=(qk_scale, "1 / sqrt(width of a head)"))
     return model
 
 
@@ -159,23 +167,36 @@ def _scale_queries(model: UViTModel, ratio: float) -> None:
             parameter.data[: len(parameter) // 3] *= ratio
 
 
+def _tell_defaults(path: str | Path, **settings: tuple[float | None, float | str]) -> None:
+    """Warn of the settings, each with what was given and the default, that the file does not tell and that were not given."""
+    taken = {name: default for name, (given, default) in settings.items() if given is None}
+    if taken:
+        words = " and ".join(f"{name} {default}" for name, default in taken.items())
+        options = ", ".join(f"{name} (--{name.replace('_', '-')})" for name in taken)
+        warnings.warn(f"{path}: {words} of the official code are assumed; if the model has others, give {options}", stacklevel=3)
+
+
 def _positive(name: str, value: float) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive, it is {value}")
     return value
 
 
-def ddim(path: str | Path, *, sample_size: int | None = None, norm_eps: float | int = 1e-6) -> UNet2DModel:
+def ddim(
+    path: str | Path, *, sample_size: int | None = None, norm_eps: float | int | None = None, state: State | None = None
+) -> UNet2DModel:
     """The UNet of the DDIM code (`ema_diffusion_cifar10_model-790000.ckpt` and others), and of DDPM converted to it.
 
     Args:
         sample_size: height and width of the pictures; must be given unless an official model has the same widths and attention.
-        norm_eps: the epsilon of the group norms, by default as in the official code.
+        norm_eps: the epsilon of the group norms, by default as in the official code: 1e-6. A warning tells it, unless the model
+            is an official one.
+        state: what `read` gives, if the file has been read.
 
     Raises:
         ValueError: as `uvit`.
     """
-    state = read(path)
+    state = read(path) if state is None else state
     levels = range(max(1, count(state, r"down\.(\d+)\.")))
     widths = tuple(shape(state, f"down.{level}.block.0.conv1.weight", 4, path)[0] for level in levels)
     attention = tuple(level for level in levels if f"down.{level}.attn.0.q.weight" in state)
@@ -186,23 +207,27 @@ def ddim(path: str | Path, *, sample_size: int | None = None, norm_eps: float | 
     if len(widths) > 1 and not any(".downsample." in name for name in state):
         raise ValueError(f"{path} is of a UNet made with the option resamp_with_conv=False, which UNet2DModel does not have")
     sizes = papers.ddpm_config(sample_size, widths, attention, count(state, r"down\.0\.block\.(\d+)\."))
-    size = _official_size(sizes, path) if sample_size is None else sample_size
+    official = _official_sizes(sizes)
+    if sample_size is None and not official:
+        raise ValueError(f"{path}: the file does not tell the size of the pictures; give sample_size (--sample-size)")
+    size = official[0] if sample_size is None else sample_size
     if size < 1 or size % 2 ** (len(widths) - 1):
         raise ValueError(f"{path}: pictures of sample_size {size} cannot be halved {len(widths) - 1} times")
-    config = sizes | {"sample_size": size, "norm_eps": _positive("norm_eps", norm_eps)}
+    config = sizes | {"sample_size": size, "norm_eps": _positive("norm_eps", DDIM_EPS if norm_eps is None else norm_eps)}
     channels = {
         "in_channels": shape(state, "conv_in.weight", 4, path)[1],
         "out_channels": shape(state, "conv_out.weight", 4, path)[0],
     }
-    return fill(UNet2DModel(**config, **channels), state, path, lambda name: _ddim_name(name, len(levels)))
+    model = fill(UNet2DModel(**config, **channels), state, path, lambda name: _ddim_name(name, len(levels)))
+    if not official:
+        _tell_defaults(path, norm_eps=(norm_eps, DDIM_EPS))
+    return model
 
 
-def _official_size(sizes: dict, path: str | Path) -> int:
-    """The size of the pictures of the official UNet with these widths and attention."""
-    for config in (paper.config for paper in papers.PAPER_MODELS.values() if paper.cls is UNet2DModel):
-        if {**sizes, "sample_size": config["sample_size"]} == config:
-            return config["sample_size"]
-    raise ValueError(f"{path}: the file does not tell the size of the pictures; give sample_size (--sample-size)")
+def _official_sizes(sizes: dict) -> list[int]:
+    """The sizes of the pictures of the official UNets with these widths and attention."""
+    official = [paper.config for paper in papers.PAPER_MODELS.values() if paper.cls is UNet2DModel]
+    return [config["sample_size"] for config in official if {**sizes, "sample_size": config["sample_size"]} == config]
 
 
 _DDIM_NAMES = (

@@ -174,7 +174,7 @@ def trace(model: nn.Module, example: dict[str, torch.Tensor], dynamic: bool):
         program.optimize()
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces, with the paths of this machine
-    schedule = getattr(model.config, "noise_schedule", None)
+    schedule = getattr(getattr(model, "config", None), "noise_schedule", None)
     if schedule is not None:
         program.model.metadata_props["noise_schedule"] = json.dumps(dict(schedule))
     return program.model

@@ -15,8 +15,8 @@ from ..masking.plain import refuse_adapters, refuse_fused
 from ..models import denoisers
 from ..packing import tensors
 from ..packing.packed import has_packed, unpack
-from ..support import tensorfiles
-from ..support.files import parse_json, replacing_folder, restore
+from ..support import files, tensorfiles
+from ..support.files import replacing_folder, restore
 from . import skeleton, statedict
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -26,7 +26,6 @@ INDEX, SHARDS = f"{WEIGHTS}.index.json", "diffusion_pytorch_model-*.safetensors"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of saved weights
 LOST = 0.01  # of the size of a tensor; a float16 or bfloat16 of normal size loses 0.0015 at most
-MOST_STEPS = 100_000  # of a noise schedule
 
 
 def bundled() -> tuple[str, ...]:
@@ -107,10 +106,14 @@ def save(
     diffusers does. Equal models make equal files, with a checksum for each tensor.
 
     Raises:
-        ValueError: `folder` holds other things; the model has adapters or fused projections, which `load` cannot rebuild; a
-            tensor is not finite, too large for `dtype`, or so small that it would lose more than `LOST` of itself (named).
+        ValueError: no diffusers model; `folder` holds other things; the model has adapters or fused projections, which `load`
+            cannot rebuild; a tensor (named) is not finite, too large for `dtype`, or so small that it would lose more than `LOST`
+            of itself.
         OSError: the folder cannot be written; an earlier folder stays.
     """
+    if not hasattr(model, "save_config"):
+        remedy = "derive it from diffusers' ModelMixin and ConfigMixin, or save its state_dict() with torch"
+        raise ValueError(f"{type(model).__name__} is no diffusers model, which a folder needs; {remedy}")
     refuse_adapters(model)
     refuse_fused(model)
     _check_replaceable(Path(folder))
@@ -189,13 +192,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file of a model folder. Raises ValueError or FileNotFoundError, with the path."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a model folder holds {CONFIG} and {WEIGHTS}")
-    try:
-        content = parse_json(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return content
+    return files.read_json(path, "fetch or save it again")
 
 
 def _class_of(config: Mapping, folder: Path) -> type[ModelMixin]:
@@ -240,8 +237,8 @@ def _take_schedule(model: ModelMixin, schedule: dict | None, folder: Path) -> No
 def _schedulers(model: ModelMixin, schedule: dict) -> Iterator[SchedulerMixin]:
     """The schedulers that sampling and training make of a schedule; of the config of another scheduler, this scheduler."""
     steps = schedule.get("num_train_timesteps", 1)
-    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"num_train_timesteps is {steps!r}, no number from 1 to {MOST_STEPS}")
+    if type(steps) is not int or not 1 <= steps <= diffusion.MOST_STEPS:
+        raise ValueError(f"num_train_timesteps is {steps!r}, no number from 1 to {diffusion.MOST_STEPS}")
     own = getattr(diffusers, str(schedule.get("_class_name")), None)
     if denoisers.of(model).flow:
         yield diffusion.training_scheduler(model)

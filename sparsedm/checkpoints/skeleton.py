@@ -1,9 +1,12 @@
 """From a config to a model: built without memory first, compared with the weights, then filled with them."""
 
 import contextlib
+import inspect
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from diffusers import ModelMixin
@@ -24,8 +27,10 @@ def model_of(cls: type[ModelMixin], config: Mapping, pruning: structure.Record |
     """The model that `config` and the `pruning` record describe, for a state dict: its tensors take no memory yet, as a rule.
 
     Raises:
-        ValueError: the class cannot be made of the config, it has many more tensors than `weights`, or the record does not fit.
+        ValueError: a setting of another type than the class takes, the class cannot be made of the config, it has many more
+            tensors than `weights`, or the record does not fit.
     """
+    _check_types(cls, config)
     _check_layers(config, len(weights))
     model = _built(cls, config, len(weights), "meta")
     numbers = sum(value.numel() for value in weights.values())
@@ -39,6 +44,49 @@ def model_of(cls: type[ModelMixin], config: Mapping, pruning: structure.Record |
             raise ValueError("the pruning record does not fit the weights: it keeps more channels than there are numbers")
         structure.apply(model, pruning)
     return model
+
+
+def _check_types(cls: type[ModelMixin], config: Mapping) -> None:
+    """Raise ValueError for a setting of plainly another type than the class takes, by its annotation and its default."""
+    try:
+        hints = get_type_hints(cls.__init__)
+    except (NameError, TypeError):  # annotations may name what is imported for type checkers alone
+        hints = {}
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if name in config and name in hints:
+            kinds = _kinds(hints[name]) | _kinds(type(parameter.default))
+            kinds -= {int} if float in kinds else set()
+            if not _is_of(config[name], kinds):
+                known = " or ".join(sorted(_KINDS[kind] for kind in kinds))
+                raise ValueError(f"{name} is {str(config[name])[:40]!r}, but {cls.__name__} takes {known}")
+
+
+_KINDS = {
+    bool: "true or false", int: "a whole number", float: "a finite number", str: "text", list: "a list", dict: "an object",
+    NoneType: "null",
+}  # fmt: skip
+
+
+def _kinds(hint: Any) -> set[type]:
+    """The types in an annotation, without those of elements, as JSON has them; `object` for any other type."""
+    origin = get_origin(hint) or hint
+    if origin in (Union, UnionType):
+        return set().union(*map(_kinds, get_args(hint)))
+    kind = list if origin is tuple else origin
+    return {kind} if kind in _KINDS else {object}
+
+
+def _is_of(value: Any, kinds: set[type]) -> bool:
+    """Whether a value of a config may be meant as one of `kinds`; null and false stand for "none" where there is a choice."""
+    if object in kinds:
+        return True
+    if value is None or value is False:
+        return bool in kinds or len(kinds) > 1
+    if isinstance(value, float):
+        return float in kinds and math.isfinite(value) or int in kinds and value.is_integer()
+    if type(value) is int:
+        return bool(kinds & {int, float}) or (bool in kinds and value in (0, 1))
+    return type(value) in kinds
 
 
 def _check_layers(config: Mapping, tensors: int) -> None:

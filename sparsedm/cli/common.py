@@ -134,11 +134,7 @@ def on(device: str) -> torch.device:
     own = processes.state().device
     if not device:
         return own
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from error
+    chosen = processes.device(device)
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)
     return chosen

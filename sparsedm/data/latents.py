@@ -28,6 +28,7 @@ class Latents(Dataset):
 
     Attributes:
         folder: the folder of the files.
+        files: the files of the latents, in order, and null.safetensors, if it is there.
         channels: C of the latents.
         size: h and w of the latents.
         null: the tensors in null.safetensors by name, {} without the file.
@@ -35,8 +36,8 @@ class Latents(Dataset):
 
     Raises:
         FileNotFoundError: no such folder, or no safetensors file in it.
-        ValueError: a file that cannot be read, lacks latents or labels, or whose latents or texts have another shape than those
-            beside (named). Checksums are compared when a file is first read from.
+        ValueError: a file that cannot be read, lacks latents or labels, has labels below 0, or whose latents or texts have
+            another shape than those beside (named). Checksums are compared when a file is first read from.
     """
 
     def __init__(self, folder: str | Path):
@@ -51,6 +52,7 @@ class Latents(Dataset):
                 raise ValueError(f"{path} holds latents or texts of another shape than {paths[0].name}; {_ANEW}")
         self._entries = [(path, i) for path in paths for i in range(shapes[path][0][0])]
         self._checked = set()
+        self.files = [*paths, *self.folder.glob(NULL)]
         self.classes = () if text else range(1 + max(map(_highest_label, paths)))
         self.null = _null(self.folder / NULL, text) if (self.folder / NULL).exists() else {}
 
@@ -94,9 +96,12 @@ def _shape(path: Path) -> tuple[list[int], list[int]]:
 
 
 def _highest_label(path: Path) -> int:
+    """-1 without labels. Raises ValueError, with the name of the file, for labels that are not [n] or below 0."""
     with _opened(path) as file:
         labels = file.get_tensor("labels")
-        return int(labels.max()) if len(labels) else -1
+    if labels.dim() != 1 or (labels < 0).any():
+        raise ValueError(f"{path}: its labels {list(labels.shape)} are not [n] from 0 on; {_ANEW}")
+    return int(labels.max()) if len(labels) else -1
 
 
 def _null(path: Path, text: list[int]) -> dict[str, torch.Tensor]:

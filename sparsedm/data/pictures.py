@@ -48,8 +48,8 @@ class ImageFolder(Dataset):
                 raise ValueError("it is no file")
             with Image.open(path) as file:
                 image = rgb(file)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read the picture {path}: {error}; remove or replace it") from error
+        except Exception as error:  # of any kind: Pillow's readers let struct.error, IndexError and EOFError through
+            raise ValueError(f"cannot read the picture {path}: {str(error) or repr(error)}; remove or replace it") from error
         return to_float(fit(image, self.size)), self._labels[index]
 
 

@@ -6,9 +6,10 @@ import gradio as gr
 import torch
 
 from .. import plots
-from ..masking import layers, nm
+from ..masking import nm
 from ..masking.plain import weight_layers
 from ..measure import reporting
+from ..models import students
 from . import checks, models, turns
 from .models import Catalogue
 from .words import about, said
@@ -29,7 +30,7 @@ def _weights(variant: models.Variant) -> dict[str, torch.Tensor]:
 
 def table(catalogue: Catalogue, key: str, pattern: str) -> list[list[str]]:
     """Every layer's shape and share of MACs, its pattern, or why it stays dense. Raises ValueError if no layer takes it."""
-    model = layers.sparsify(models.copy_of(catalogue.load(key)), pattern)
+    model = students.sparsify(models.copy_of(catalogue.load(key)), pattern)
     reasons = {name: getattr(layer, "dense_reason", "") for name, layer in model.named_modules()}
     return [
         [row.name, "x".join(map(str, row.shape)), row.pattern, f"{row.mac_share or 0:.1%}", reasons[row.name]]

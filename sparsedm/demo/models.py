@@ -15,8 +15,9 @@ from ..experiments.recipes import RECIPES
 from ..masking import layers
 from ..masking.plain import WEIGHTED
 from ..measure import macs, sizes
-from ..models import denoisers
+from ..models import denoisers, students
 from ..packing import packed
+from ..support import processes
 
 ONE_SHOT = ("2:4", "1:4", "3:4", "4:8", "7:8", "15:16")
 PACK_BATCH = 6  # pictures that packing times layers with: a word of six letters
@@ -129,7 +130,7 @@ class Catalogue:
         entry = self.entries[key]
         model = folders.load(entry.source)
         if entry.pattern:
-            layers.fold(layers.sparsify(model, entry.pattern))
+            layers.fold(students.sparsify(model, entry.pattern))
         model = nn.Module.to(model, self.device)
         parameters, nonzero = sizes.parameters(model), sizes.nonzero(model)
         if layers.patterns(model):
@@ -165,8 +166,4 @@ def device_of(asked: str) -> str:
     """A checked device name; "auto" is the GPU if there is one. Raises ValueError for a device that cannot be used."""
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=asked)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {asked!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return asked
+    return str(processes.device(asked))

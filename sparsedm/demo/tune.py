@@ -17,6 +17,7 @@ from ..checkpoints import folders
 from ..experiments.recipes import recipe
 from ..masking import layers
 from ..measure import macs, metrics
+from ..models import students
 from ..training import distill
 from . import checks, race, turns
 from .models import BASES, Catalogue, copy_of, student
@@ -81,7 +82,7 @@ def _tune(catalogue: Catalogue, stopped: threading.Event, base, pattern, decay, 
     labels = check(catalogue, base, pattern, decay, weight, steps, word)
     decay, weight, steps = float(decay), float(weight), int(steps)
     teacher = copy_of(catalogue.load(base))
-    student = layers.sparsify(copy.deepcopy(teacher), pattern, decay=decay)
+    student = students.sparsify(copy.deepcopy(teacher), pattern, decay=decay)
     noise = diffusion.start_noise(teacher, len(labels), seed=0)
     aim, before = _drawn(teacher, noise, labels), layers.masks(student)
     watched, counts = Watched([], [], [], [], []), macs.count(student)

@@ -2,6 +2,7 @@
 
 from .samplers import STEP_SEEDS, SampleState, generate, prepare, sample, start_noise, step_generators
 from .schedules import (
+    MOST_STEPS,
     SAMPLERS,
     add_noise,
     draw_timesteps,
@@ -15,7 +16,7 @@ from .schedules import (
 )
 
 __all__ = [
-    "SAMPLERS", "STEP_SEEDS", "SampleState", "add_noise", "draw_timesteps", "generate", "is_flow", "make_scheduler",
+    "MOST_STEPS", "SAMPLERS", "STEP_SEEDS", "SampleState", "add_noise", "draw_timesteps", "generate", "is_flow", "make_scheduler",
     "possible_samplers", "predict_noise", "predict_x0", "prepare", "sample", "start_noise", "step_generators", "target",
     "training_scheduler",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from torch import nn
 from ..models import denoisers
 
 SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm++": DPMSolverMultistepScheduler}
+MOST_STEPS = 100_000  # of a noise schedule
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 _FORWARD = (
@@ -161,8 +162,8 @@ def _refuse(settings: Mapping, harmless: Mapping, user: str, remedy: str) -> Non
 
 def _build(cls: type[SchedulerMixin], settings: dict) -> SchedulerMixin:
     steps, kind = settings.get("num_train_timesteps", 1000), settings.get("prediction_type", "epsilon")
-    if not isinstance(steps, int) or not 1 <= steps <= 100_000:
-        raise ValueError(f"num_train_timesteps of a noise schedule is a number in 1..100000, not {steps!r}")
+    if not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"num_train_timesteps of a noise schedule is a number in 1..{MOST_STEPS}, not {steps!r}")
     if kind not in PREDICTIONS:
         raise _unknown(kind)
     try:

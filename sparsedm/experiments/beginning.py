@@ -8,10 +8,9 @@ from torch import nn
 
 from .. import data
 from ..checkpoints import folders
-from ..masking import layers
 from ..measure import fingerprint
 from ..measure.evaluation import Progress
-from ..models import denoisers
+from ..models import denoisers, students
 from ..models.uvit import UViTModel
 from ..pruning import diffpruning, structure
 from ..support import processes, tensorfiles
@@ -38,7 +37,7 @@ def start(chosen: Recipe, out: Path, seed: int) -> Iterator[Progress]:
     if chosen.calibrate:
         yield from _calibrated(model, chosen, seed)
     elif chosen.pattern:
-        layers.sparsify(model, chosen.pattern, **chosen.sparsify)
+        students.sparsify(model, chosen.pattern, **chosen.sparsify)
     return model, teacher
 
 

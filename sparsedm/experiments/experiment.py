@@ -23,6 +23,7 @@ from ..masking import layers, nm
 from ..masking.plain import weight_layers
 from ..measure import evaluation, macs, metrics, sizes
 from ..measure.evaluation import Progress
+from ..models import students
 from ..support import processes
 from ..support.files import replacing, restore, write_json
 from ..training import distill
@@ -210,7 +211,7 @@ def _check_pattern(model: nn.Module, chosen: Recipe) -> None:
     """Raise ValueError if a layer of the saved student is not N:M that the recipe makes so."""
     if not chosen.pattern:
         return
-    expected = {name for name, _ in layers.nm_layers(layers.sparsify(copy.deepcopy(model), chosen.pattern))}
+    expected = {name for name, _ in layers.nm_layers(students.sparsify(copy.deepcopy(model), chosen.pattern))}
     for name, module in weight_layers(model):
         if name in expected and nm.verify(module.weight, chosen.pattern):
             raise ValueError(f"{name} is not {chosen.pattern} in the saved model")

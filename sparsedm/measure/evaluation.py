@@ -113,9 +113,8 @@ def _origin(model: nn.Module, vae: AutoencoderKL | None, texts: latents.Latents 
     origin = {"model": fingerprint.of_model(model)}
     if vae is not None:
         origin["vae"] = fingerprint.of_model(vae)
-    if texts is not None:  # their number, the first, the last and the empty text
-        some = {f"{i}.{k}": v for i in (0, len(texts) - 1) for k, v in texts[i][1].items()}
-        origin["texts"] = fingerprint.of_tensors(some | texts.null, str(len(texts)))
+    if texts is not None:
+        origin["texts"] = fingerprint.of_files(texts.files)
     return origin
 
 
@@ -191,9 +190,12 @@ def check(n: int, dataset: str, inception: str | None = None, reference: str = "
     """Check, before pictures are drawn, that `score` can score n of them.
 
     Raises:
-        ValueError: too few pictures on either side, an unknown data set, or Inception's weights that cannot be used.
+        ValueError: too few pictures on either side, an unknown data set, latents to compare with, or Inception's weights that
+            cannot be used.
         OSError: no data set to compare with, or no file of Inception's weights.
     """
+    if inception and (reference or dataset).startswith("latents:"):
+        raise ValueError(f"{reference or dataset} holds latents, no pictures to compare with; name real pictures (reference)")
     if inception:
         metrics.check_inception(inception)
     if data.kind(dataset) == "glyphs" or inception:

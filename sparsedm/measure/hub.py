@@ -38,7 +38,7 @@ def push(
 
     Args:
         packed: save the weights without their zeros.
-        dtype: of the saved weights.
+        dtype: of the saved weights, by default float16; None keeps their own dtype, as `sparsedm.save` and `save_packed` do.
         scores: measured values by name, for the card.
         recipe: settings of the training by name, for the card.
         latency: measure one sampling step on this machine, for the card.

@@ -18,7 +18,7 @@ from torch.utils import mkldnn
 
 from ..checkpoints import folders
 from ..masking import layers, nm
-from ..models import dryrun, papers
+from ..models import dryrun, papers, students
 from ..packing import packed
 from ..support import latency, markdown
 from . import macs, sizes
@@ -157,7 +157,7 @@ def pair(name: str, dtype: torch.dtype, batch: int, device: str | torch.device =
     dense = cast(papers.build(name) if name in papers.PAPER_MODELS else folders.load(name), dtype, device)
     sparse = cast(folders.load(f"{name}-2x4"), dtype, device) if f"{name}-2x4" in folders.bundled() else copy.deepcopy(dense)
     if not layers.patterns(sparse):
-        layers.fold(layers.sparsify(sparse, "2:4"))
+        layers.fold(students.sparsify(sparse, "2:4"))
     return dense, packed.pack(sparse, batch=batch)
 
 

@@ -58,7 +58,8 @@ class Denoiser:
 
     def null_label(self, model: nn.Module) -> int | None:
         """As the function `null_label`."""
-        classes = getattr(model.config, "num_classes", None) or getattr(model.config, "num_class_embeds", None)
+        config = getattr(model, "config", None)  # a module of your own may have none
+        classes = getattr(config, "num_classes", None) or getattr(config, "num_class_embeds", None)
         return None if classes is None else classes - 1
 
     def conditioning(self, model: nn.Module, zeros: Zeros) -> Inputs:
@@ -279,7 +280,8 @@ def picture_size(model: nn.Module) -> int | None:
 
 def predicts_variance(model: nn.Module) -> bool:
     """Whether `model` predicts a variance beside the noise: twice as many channels as the picture has."""
-    return getattr(model.config, "out_channels", None) == 2 * getattr(model.config, "in_channels", 0)
+    config = getattr(model, "config", None)
+    return getattr(config, "out_channels", None) == 2 * getattr(config, "in_channels", 0)
 
 
 def each(function: Callable[[torch.Tensor], Any], inputs: Any) -> Any:
@@ -293,7 +295,8 @@ def _picture_config(model: nn.Module) -> tuple[int, int | tuple[int, int]]:
     config = getattr(model, "config", None)
     size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
     if size is None or channels is None:
-        raise ValueError(f"{type(model).__name__} has no config.sample_size and in_channels; pass inputs={{...}}")
+        name, remedy = type(model).__name__, "give it both, or pass inputs={...}"
+        raise ValueError(f"{name} has no config.sample_size and in_channels; {remedy}")
     return channels, size
 
 

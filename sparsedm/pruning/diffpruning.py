@@ -84,7 +84,7 @@ def importance(
 def _noise_loss(model, scheduler, images, noise, t, labels: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Squared error of the predicted noise, summed over the picture, mean over the batch (as the official code)."""
     noisy = add_noise(scheduler, images, noise, t)
-    output = predict_noise(scheduler, model(noisy, t, **labels).sample, t, noisy)
+    output = predict_noise(scheduler, denoisers.of(model).predict(model, noisy, t, labels), t, noisy)
     return (noise - output).square().flatten(1).sum(1).mean()
 
 
@@ -151,8 +151,8 @@ def prune(
 ) -> nn.Module:
     """A copy of `model` without the share `ratio` (0 to 1) of the channels of every group, chosen by their `scores`.
 
-    The config of the copy holds the record of the kept channels, from which `sparsedm.load` rebuilds the saved model. The scores
-    "squared" and "absolute" need the gradients of `importance`.
+    The config of the copy, if it has one, holds the record of the kept channels, from which `sparsedm.load` rebuilds the saved
+    model. The scores "squared" and "absolute" need the gradients of `importance`.
 
     Args:
         ratio: the share of channels to remove, 0 to 1.

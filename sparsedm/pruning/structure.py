@@ -220,7 +220,7 @@ def _size(layer: nn.Module, axis: str) -> int:
 
 
 def apply(model: nn.Module, record: Record, inputs: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
-    """Cut `model` down to the channels in `record`, in place, and note the record in its config; returns the model.
+    """Cut `model` down to the channels in `record`, in place, and note the record in its config, if there is one; returns it.
 
     Args:
         inputs: keyword arguments of one call, for models whose config does not tell their shapes.
@@ -238,7 +238,9 @@ def apply(model: nn.Module, record: Record, inputs: Mapping[str, torch.Tensor] |
         dryrun.positions(_shrunk(dryrun.meta_copy(model), kept, heads), inputs)
     except Exception as error:  # of any kind: the model's forward may raise anything for widths that it does not expect
         raise ValueError(f"{type(model).__name__} does not run with what is left of it: {error.__cause__ or error}") from error
-    _shrunk(model, kept, heads).register_to_config(pruning=record)
+    _shrunk(model, kept, heads)
+    if hasattr(model, "register_to_config"):
+        model.register_to_config(pruning=record)
     return model
 
 

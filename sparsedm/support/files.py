@@ -128,7 +128,7 @@ def read_json(path: str | Path, remedy: str) -> dict:
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+        raise ValueError(f"{path} is damaged: no valid JSON ({error}); {remedy}") from error
     return content
 
 

@@ -79,3 +79,13 @@ def anywhere(here: bool) -> bool:
     if state().num_processes == 1:
         return here
     return bool(reduce(torch.tensor(float(here), device=state().device), "sum") > 0)
+
+
+def device(name: str) -> torch.device:
+    """The device of this name. Raises ValueError for a device that is not there."""
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from error
+    return found

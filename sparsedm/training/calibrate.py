@@ -17,9 +17,9 @@ from ..masking import layers, nm, obs
 from ..masking.nm import NMPattern
 from ..masking.obs import Moments
 from ..models import students
-from ..models.dryrun import meta_copy, structure_of
+from ..models.dryrun import bypassed, meta_copy, structure_of
 from ..support import markdown
-from .calls import Call, Enough, calls_of, hooked
+from .calls import Call, Enough, by_name, calls_of, hooked
 
 METHODS = ("magnitude", "wanda", "obs", "admm")
 WEIGHTS = ("uniform", "obs-diff")
@@ -110,11 +110,13 @@ def calibrate(
     student = structure_of(teacher)
     calls = calls_of(model, teacher, data, n, batch_size, seed, scheduler, sampling)
     row_weights = _row_weights(calls, weights)
+    chosen = ", ".join(list(patterns)[:3])
+    for name, reason in bypassed(teacher, by_name(model, calls[0])).items():
+        if patterns.pop(name, None):
+            shadow.get_submodule(name).dense_reason = NOT_RUN if reason == layers.NEVER_CALLED else reason
     runs = _runs(teacher, patterns, calls[0])
     if not runs:
-        raise ValueError(
-            f"no chosen layer ran in calibration ({', '.join(list(patterns)[:3])}); choose others, or give other data"
-        )
+        raise ValueError(f"no chosen layer ran in calibration ({chosen}); choose others, or give other data")
     _warn_of_few(teacher, runs, calls)
     generator, notes = torch.Generator().manual_seed(seed), {}
     for package in _packages(teacher, runs, packages, max_memory):

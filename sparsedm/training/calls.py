@@ -1,6 +1,7 @@
 """The calls of a model that calibration takes: of noised pictures, of sampling, or of somebody's own run."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +44,8 @@ def _noised(model, data, n: int, batch_size: int, seed: int, scheduler: Schedule
     size = min(batch_size, n, len(dataset))
     config = TrainConfig(steps=-(-n // size), batch_size=size, seed=seed)
     scheduler = scheduler or diffusion.training_scheduler(model)
-    distill._check_data(model, dataset, config)
-    draw = distill._StepDraw(model, scheduler, config, processes.accelerator("no"), getattr(dataset, "null", None))
+    distill.check_data(model, dataset, config)
+    draw = distill.StepDraw(model, scheduler, config, processes.accelerator("no"), getattr(dataset, "null", None))
     batches = data_module.StepSampler(len(dataset), size, seed, 0, config.steps)
     like, denoiser = next(model.parameters()), denoisers.of(model)
     for step, (images, labels) in enumerate(DataLoader(dataset, batch_sampler=batches, generator=torch.Generator())):
@@ -74,6 +75,12 @@ def _rows(inputs: Inputs) -> int | None:
     rows = []
     each(lambda x: rows.append(len(x)), inputs)
     return next(iter(rows), None)
+
+
+def by_name(model: nn.Module, call: Call) -> dict[str, Any]:
+    """All arguments of a call as keyword arguments."""
+    named = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
+    return {name: value for name, value in named.items() if name != "kwargs"} | named.get("kwargs", {})
 
 
 class Enough(Exception):

@@ -112,7 +112,7 @@ def _run(
     dataset = data_module.load(data, size=denoisers.picture_size(model))
     scheduler = scheduler or diffusion.training_scheduler(model)
     _check_trainable(model, teacher, scheduler, config)
-    _check_data(model, dataset, config)
+    check_data(model, dataset, config)
     for _, pattern in config.pattern_schedule:
         layers.set_pattern(model, pattern)  # all of them fit, or none is trained
     accelerator = processes.accelerator(config.mixed_precision)
@@ -147,7 +147,7 @@ def _steps(
     start = training.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
     if checkpoint and accelerator.is_main_process:
         sweep(checkpoint.parent)
-    draw = _StepDraw(model, scheduler, config, accelerator, getattr(dataset, "null", None))
+    draw = StepDraw(model, scheduler, config, accelerator, getattr(dataset, "null", None))
     denoiser = denoisers.of(model)
     batches = data_module.StepSampler(len(dataset), config.batch_size, config.seed, start, config.steps)
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=config.workers, generator=torch.Generator())
@@ -210,9 +210,12 @@ def _check_trainable(model: nn.Module, teacher: nn.Module | None, scheduler: Sch
         raise ValueError(f"{name} predicts a flow; pass a FlowMatchEulerDiscreteScheduler, not a {type(scheduler).__name__}")
     if denoisers.predicts_variance(model) and (teacher is None or not config.teacher_weight):
         raise ValueError(f"{name} predicts a variance, too, which only a teacher can train here; use finetune with one")
+    if config.gradient_checkpointing and not hasattr(model, "enable_gradient_checkpointing"):
+        raise ValueError(f"{name} has no enable_gradient_checkpointing(); leave gradient_checkpointing out")
 
 
-def _check_data(model: nn.Module, dataset: Dataset, config: TrainConfig) -> None:
+def check_data(model: nn.Module, dataset: Dataset, config: TrainConfig) -> None:
+    """Raise ValueError, with the remedy, for pictures, latents or classes that do not fit the model."""
     name, null, classes = type(model).__name__, denoisers.null_label(model), len(getattr(dataset, "classes", ()))
     try:
         expected, channels = denoisers.of(model).shape(model)[0], dataset[0][0].shape[0]
@@ -246,7 +249,7 @@ def _apply_pattern(model: nn.Module, schedule: Sequence[tuple[int, str]], step: 
         layers.set_pattern(model, due[-1])
 
 
-class _StepDraw:
+class StepDraw:
     """The random part of a step: flips, label dropout, timesteps, noise.
 
     Drawn for the global batch and then cut to this process's share, so the number of processes does not matter.
