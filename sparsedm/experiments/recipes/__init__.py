@@ -7,15 +7,15 @@ import difflib
 from dataclasses import replace
 
 from ...measure.protocol import Protocol
-from . import glyphs, papers
+from . import faces, glyphs, papers
 from .base import Recipe
 
 __all__ = ["CLASSIFIER", "LETTERS", "NAMES", "RECIPES", "Protocol", "Recipe", "protocol", "recipe", "run_name", "seeds"]
 
-RECIPES = {**glyphs.recipes(), **papers.recipes()}
+RECIPES = {**glyphs.recipes(), **faces.recipes(), **papers.recipes()}
 CLASSIFIER = "glyph-classifier"
 NAMES = (CLASSIFIER, *RECIPES)
-LETTERS = (CLASSIFIER, *(name for name, known in RECIPES.items() if known.suite != "paper"))
+LETTERS = (CLASSIFIER, *(name for name, known in RECIPES.items() if known.suite in ("headline", "short")))
 
 
 def recipe(name: str) -> Recipe:

@@ -10,7 +10,7 @@ class Recipe:
     """One experiment.
 
     Attributes:
-        suite: "headline", "short" or "paper".
+        suite: "headline", "short", "faces" or "paper".
         backbone: the kind of network, as tables name it.
         method: the sparsity or the baseline, as tables name it.
         base: the recipe whose model is the start of the training, and a student's teacher; "" for random weights.
