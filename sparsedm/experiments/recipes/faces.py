@@ -20,9 +20,9 @@ _UNET = {
 
 
 def recipes() -> dict[str, Recipe]:
-    teach = {**TEACH, "mixed_precision": "bf16", "batch_size": 64, "warmup": 500, "checkpoint_every": 250}
-    uvit = {**teach, "steps": 12_000, "optimizer": "muon"}
-    unet = {**teach, "steps": 12_000}
+    teach = {**TEACH, "mixed_precision": "bf16", "batch_size": 64, "warmup": 300, "checkpoint_every": 100}
+    uvit = {**teach, "steps": 6_000, "optimizer": "muon"}
+    unet = {**teach, "steps": 6_000}
     return {
         "faces-uvit": _teacher("U-ViT", (UViTModel, _UVIT), uvit),
         "faces-unet": _teacher("UNet", (UNet2DConditionModel, _UNET), unet),
