@@ -33,7 +33,7 @@ def test_every_size_shows_the_same_face(drawn, size):
 def test_every_value_of_every_attribute_is_drawn_and_seen(drawn):
     for name, values in faces.ATTRIBUTES.items():
         assert {drawn.face(i)[name] for i in range(300) if name in drawn.face(i)} == set(range(len(values)))
-    face = {name: 0 for name in faces.ATTRIBUTES} | {"hair": 1, "beard": 1}
+    face = dict.fromkeys(faces.ATTRIBUTES, 0) | {"hair": 1, "beard": 1}
     for name, values in faces.ATTRIBUTES.items():
         pictures = [faces.draw({**face, name: v}, 32, np.random.default_rng(0)) for v in range(len(values))]
         assert len({picture.numpy().tobytes() for picture in pictures}) == len(values), name
