@@ -129,7 +129,7 @@ def evaluate(
             others = show("base", compared, json)
     if not processes.is_main():
         return
-    scores = evaluation.score(images, evaluation.labels(loaded, n), data, others, inception, reference)
+    scores = evaluation.score(images, evaluation.asked(loaded, data, n), data, others, inception, reference)
     files.write_json(out / "scores.json", scores)
     outcome(scores, json, "\n".join(f"{name:14} {value:.4g}" for name, value in scores.items()))
 

@@ -135,6 +135,11 @@ def attribute_of(word: str) -> str:
 _ATTRIBUTE_OF = {word: name for name, values in ATTRIBUTES.items() for word in values}
 
 
+def row(face: Mapping[str, int]) -> torch.Tensor:
+    """The values of `face`, [10], -1 for attributes that are not in `face`."""
+    return torch.tensor([face.get(name, -1) for name in ATTRIBUTES])
+
+
 def tokens(face: Mapping[str, int]) -> torch.Tensor:
     """The description of `face` for a model, [10, 64]: one orthogonal code for each attribute; those not in `face` stay open."""
     rows = [_FIRST[name] + face[name] if name in face else _OPEN + i for i, name in enumerate(ATTRIBUTES)]

@@ -9,7 +9,7 @@ import gradio as gr
 import torch
 
 from .. import data, diffusion, plots
-from ..measure import metrics
+from ..measure import judges, metrics
 from ..support import latency
 from . import race, turns
 from .models import Catalogue, Variant
@@ -55,7 +55,7 @@ def figures(lane: Lane, order: Order) -> str:
 
 def reading(images: torch.Tensor, labels: torch.Tensor) -> tuple[str, int]:
     """The characters that the classifier reads, and how many of them are right."""
-    classes = metrics.read(images)
+    classes = judges.GLYPHS.read(images)
     return "".join(data.GLYPHS[c] for c in classes), int((classes == labels).sum())
 
 

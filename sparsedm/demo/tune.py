@@ -16,7 +16,7 @@ from .. import diffusion, plots
 from ..checkpoints import folders
 from ..experiments.recipes import recipe
 from ..masking import layers
-from ..measure import macs, metrics
+from ..measure import judges, macs, metrics
 from ..training import distill
 from . import checks, race, turns
 from .models import BASES, Catalogue, copy_of, student
@@ -90,7 +90,7 @@ def _tune(catalogue: Catalogue, stopped: threading.Event, base, pattern, decay, 
     def look(model: nn.Module, step: int) -> tuple:
         images = _drawn(layers.folded(model), noise, labels)
         watched.steps.append(step)
-        watched.right.append(int((metrics.read(images) == labels).sum()))
+        watched.right.append(int((judges.GLYPHS.read(images) == labels).sum()))
         return _page(watched, aim, images, steps, counts)
 
     yield *look(student, 0), None

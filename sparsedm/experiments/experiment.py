@@ -35,8 +35,8 @@ from ..training import distill
 from ..training.calibrate import calibrate
 from ..training.checkpoint import TrainConfig
 from ..training.runlog import RunLog, read
-from . import glyph_classifier
-from .recipes import CLASSIFIER, Protocol, Recipe, recipe, run_name
+from . import classifiers
+from .recipes import CLASSIFIERS, Protocol, Recipe, recipe, run_name
 from .results import RESULTS, RESULTS_FILE, card
 
 IMPORTANCE_PICTURES = 128  # as many as the Diff-Pruning code takes of CIFAR-10
@@ -118,8 +118,8 @@ def reproduce(
     Raises:
         ValueError: an unknown recipe or setting, inputs that are missing, or a folder that holds another run.
     """
-    if name == CLASSIFIER:
-        return (yield from glyph_classifier.reproduce(Path(out, name), bundle))
+    if name in CLASSIFIERS:
+        return (yield from classifiers.reproduce(name, Path(out, name), bundle))
     plan = _prepare(name, Path(out), protocol, seed, inception, vae, reference, train_options)
     with processes.claimed(plan.folder):
         results = _begin(plan)
@@ -180,7 +180,7 @@ def _score(plan: Plan) -> Iterator[Progress]:
     if pictures is None:
         return {}
     images, base_images, curve = pictures
-    asked = evaluation.labels(model, plan.protocol.n)
+    asked = evaluation.asked(model, plan.recipe.data, plan.protocol.n)
     results = {
         "name": plan.run,
         "command": f"python -m sparsedm reproduce {plan.name}" + (f" --seed {plan.seed}" if plan.seed else ""),
@@ -358,6 +358,8 @@ def _start(chosen: Recipe, out: Path, seed: int) -> Iterator[Progress]:
         torch.manual_seed(seed)
         model = cls(**config)
         model.register_to_config(noise_schedule=chosen.schedule)
+        if chosen.context_tokens:
+            model.register_to_config(context_tokens=chosen.context_tokens)
         return model, None
     source, _ = _base(chosen, out)
     model, teacher = _load(source), _load(source)

@@ -23,11 +23,8 @@ def recipes() -> dict[str, Recipe]:
     teach = {**TEACH, "mixed_precision": "bf16", "batch_size": 64, "warmup": 300, "checkpoint_every": 100}
     uvit = {**teach, "steps": 6_000, "optimizer": "muon"}
     unet = {**teach, "steps": 6_000}
+    teacher = {"suite": "faces", "method": "teacher", "schedule": SCHEDULE, "data": "faces"}
     return {
-        "faces-uvit": _teacher("U-ViT", (UViTModel, _UVIT), uvit),
-        "faces-unet": _teacher("UNet", (UNet2DConditionModel, _UNET), unet),
+        "faces-uvit": Recipe(backbone="U-ViT", model=(UViTModel, _UVIT), train=uvit, **teacher),
+        "faces-unet": Recipe(backbone="UNet", model=(UNet2DConditionModel, _UNET), context_tokens=TOKENS, train=unet, **teacher),
     }
-
-
-def _teacher(backbone: str, model: tuple[type, dict], train: dict) -> Recipe:
-    return Recipe("faces", backbone, "teacher", model=model, schedule=SCHEDULE, train=train, data="faces", bundle=True)
