@@ -38,7 +38,7 @@ class Judge:
         return classifier.features(_channels(images, classifier.channels))
 
     def read(self, images: torch.Tensor) -> torch.Tensor:
-        """What each picture [n, C, H, W], float in [-1, 1] or uint8, shows: the class [n], or the value of each attribute [n, 10]."""
+        """What pictures [n, C, H, W] (float in [-1, 1], or uint8) show: classes [n], or values of attributes [n, 10]."""
         if images.dtype == torch.uint8:
             images = images.float() / 127.5 - 1
         classifier = classifier_of(self.asset)

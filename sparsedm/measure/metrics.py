@@ -84,8 +84,8 @@ def frechet(
         judge: of the pictures' kind.
 
     Returns:
-        "fid" and "kid" with Inception, "fd_glyph" and "kd_glyph" (or "_face") with the classifier; "precision" and "recall" (of the
-        feature manifold, both ways), and "n".
+        "fid" and "kid" with Inception, "fd_glyph" and "kd_glyph" (or "_face") with the classifier; "precision" and "recall"
+        (of the feature manifold, both ways), and "n".
 
     Raises:
         TooFewSamples: fewer than 2,048 pictures on either side.
