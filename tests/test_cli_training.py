@@ -6,13 +6,13 @@ import os
 import re
 import signal
 import struct
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -27,14 +27,9 @@ from sparsedm.masking import layers
 from sparsedm.measure import speed
 from sparsedm.models.uvit import UViTModel
 from sparsedm.packing import packed
+from sparsedm.training import runlog
 
 QUICK = ("--data", "digits", "--steps", "4", "--batch-size", "4", "--set", "checkpoint_every=2")
-
-
-def start(*arguments, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "sparsedm", *map(str, arguments)]
-    environment = os.environ | environment
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def ask(*arguments) -> dict:
@@ -119,9 +114,11 @@ def test_tensorboard_gets_settings_losses_flips_and_pictures(tiny, tmp_path):
 
 def test_wandb_gets_the_same(tiny, tmp_path):
     out = tmp_path / "out"
-    options = ("--data", "digits", "--steps", 100, "--batch-size", 4, "--samples-every", 50, "--track", "wandb", "--json")
-    process = start("finetune", tiny, out, *options, WANDB_MODE="offline")
-    assert json.loads(process.communicate()[0])["model"] == str(out / "model")
+    options = ("--data", "digits", "--steps", 100, "--batch-size", 4, "--samples-every", 50, "--track", "wandb")
+    ((code, printed),) = ranks.ended(
+        ranks.start(1, tmp_path / "told", offline, "finetune", tiny, out, *options), tmp_path / "told"
+    )
+    assert code == 0, printed
     (written,) = out.glob("tracker/wandb/offline-run-*/run-*.wandb")
     records = wandb_records(written)
     runs = [record.run for record in records if record.HasField("run")]
@@ -142,6 +139,12 @@ def test_wandb_gets_the_same(tiny, tmp_path):
     shown = [next(written.parent.glob(f"files/media/images/samples_{step}_*.png")) for step in history]
     for path, copy in zip(drawn, shown, strict=True):
         assert np.array_equal(np.asarray(Image.open(copy).convert("RGB")), np.asarray(Image.open(path).convert("RGB")))
+
+
+def offline(*arguments) -> None:
+    """What another process does: run a command, and tell nothing to wandb's server."""
+    os.environ["WANDB_MODE"] = "offline"
+    ranks.command(*arguments)
 
 
 def wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
@@ -175,45 +178,43 @@ def test_an_official_checkpoint_becomes_a_model_folder(tmp_path, monkeypatch, ca
     assert found["class"] == "UViTModel" and all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
+def interrupted(*arguments) -> None:
+    """What another process does: run a command, and get Ctrl-C after its second line of the log."""
+    add = runlog.RunLog.add
+
+    def add_and_interrupt(log, state):
+        line = add(log, state)
+        if line and line["step"] == 100:
+            os.kill(os.getpid(), signal.SIGINT)
+        return line
+
+    runlog.RunLog.add = add_and_interrupt
+    ranks.command(*arguments)
+
+
 def test_ctrl_c_leaves_a_checkpoint_that_resume_takes_up(tiny, tmp_path, monkeypatch, capsys):
-    long = ("--data", "digits", "--batch-size", "4", "--set", "checkpoint_every=100000", "--steps", "400")
+    long = ("--data", "digits", "--batch-size", "4", "--set", "checkpoint_every=100000", "--steps", "150")
     whole = ask("train", tiny, tmp_path / "whole", *long)
-    process = start("train", tiny, tmp_path / "out", *long)
-    log = tmp_path / "out" / "log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= 2) and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "go on with the same command and --resume" in err
+    told = tmp_path / "told"
+    ((code, printed),) = ranks.ended(ranks.start(1, told, interrupted, "train", tiny, tmp_path / "out", *long), told)
+    assert code == 130 and "go on with the same command and --resume" in printed
     assert "holds a run; go on with it by --resume" in refusal(monkeypatch, capsys, "train", tiny, tmp_path / "out", *long)
     resumed = ask("train", tiny, tmp_path / "out", *long, "--resume")
     a, b = (folders.load(found["model"]).state_dict() for found in (whole, resumed))
     assert all(torch.equal(a[key], b[key]) for key in a)
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] == 400
+    assert [line["step"] for line in runlog.read(tmp_path / "out" / "log.jsonl")] == [50, 100, 150]
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, monkeypatch, capsys):
-    first = start(
-        "train",
-        tiny,
-        tmp_path / "out",
-        "--data",
-        "digits",
-        "--steps",
-        "100000",
-        "--batch-size",
-        "4",
-        "--set",
-        "checkpoint_every=1",
-    )
+    endless = ("--data", "digits", "--steps", "100000", "--batch-size", "4", "--set", "checkpoint_every=1")
+    (first,) = ranks.start(1, tmp_path / "told", ranks.command, "train", tiny, tmp_path / "out", *endless)
     try:
-        while not (tmp_path / "out" / "train" / "checkpoint.pt").exists() and first.poll() is None:
+        while not (tmp_path / "out" / "train" / "checkpoint.pt").exists() and first.is_alive():
             time.sleep(0.02)
         assert "is in use by another run" in refusal(monkeypatch, capsys, "train", tiny, tmp_path / "out", *QUICK)
     finally:
         first.kill()
-        first.communicate()
+        first.join()
     message = refusal(monkeypatch, capsys, "train", tiny, tmp_path / "out", *QUICK)
     assert "holds a run; go on with it" in message  # its checkpoint; a dead process has no claim
 

@@ -326,3 +326,8 @@ def test_an_epoch_visits_no_item_twice_and_epochs_and_seeds_differ():
 def test_a_batch_larger_than_the_set_is_an_error():
     with pytest.raises(ValueError, match="batch size 5.*4 pictures"):
         StepSampler(4, 5, 0, 0, 1)
+
+
+def test_the_kind_of_a_set_is_told_by_its_name():
+    names = ("glyphs", "glyphs-rgb", "digits", "cifar10", "folder:glyphs", "latents:a:b")
+    assert [data.kind(name) for name in names] == ["glyphs", "glyphs", "digits", "cifar10", "folder", "latents"]

@@ -307,7 +307,7 @@ def test_fine_tuning_streams_and_packs(catalogue, monkeypatch):
                 kept = {name: archive.read(name) for name in archive.namelist()}
     assert "Step **0 of 10**" in updates[0][3] and "Step **10 of 10**" in updates[-1][3] and updates[-1][2] is not None
     assert {name.split("/")[-1] for name in kept if not name.endswith("/")} >= {"config.json", "packed.safetensors"}
-    assert not tune._stops
+    assert not tune.running
     unchanged = models.copy_of(catalogue.load("glyphs-unet")).state_dict()
     assert all(torch.equal(value, unchanged[name]) for name, value in sparsedm.load("glyphs-unet").state_dict().items())
 
@@ -316,7 +316,7 @@ def test_fine_tuning_stops_when_asked_and_what_it_learned_loads(catalogue, monke
     monkeypatch.setattr(tune, "BATCH", 4)
     run = tune.tune(catalogue, "me", "glyphs-unet", "1:4", 0, 0, 400, "A")
     next(run)
-    tune._stops["me"].set()
+    tune.running["me"].set()
     next(run)
     *_, text, last = next(run)
     assert "Step **1 of 400**" in text
@@ -342,7 +342,7 @@ def test_fine_tuning_refuses_by_name(catalogue, changes, message):
     order = {"base": "glyphs-unet", "pattern": "2:4", "decay": 0, "weight": 0.1, "steps": 10, "word": "A"}
     with pytest.raises(gr.Error, match=f"(?i){message}"):
         list(tune.tune(catalogue, "me", *{**order, **changes}.values()))
-    assert not tune._stops
+    assert not tune.running
 
 
 def test_a_long_order_lets_a_short_one_in_and_keeps_out_of_its_steps():

@@ -292,7 +292,8 @@ def test_what_reads_a_removed_channel_loses_its_weights_across_skips_and_attenti
         layer = model.get_submodule(name)
         if "out" not in axes:
             continue
-        gone = torch.ones(structure._size(layer, "out"), dtype=torch.bool)
+        width = layer.embedding_dim if isinstance(layer, nn.Embedding) else len(layer.weight)
+        gone = torch.ones(width, dtype=torch.bool)
         gone[structure.channels(axes["out"], len(gone))] = False
         if isinstance(layer, nn.Embedding):
             layer.weight[:, gone] = 0

@@ -15,7 +15,7 @@ from ranks import command
 
 from sparsedm import data
 from sparsedm.checkpoints import folders
-from sparsedm.experiments import experiment, recipes
+from sparsedm.experiments import beginning, experiment, plan, recipes
 from sparsedm.masking import layers
 from sparsedm.measure import evaluation, judges, metrics
 from sparsedm.models.uvit import UViTModel
@@ -26,7 +26,7 @@ from sparsedm.training import runlog
 TINY = {"sample_size": 16, "in_channels": 1, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 37}
 TRAIN = {"steps": 6, "batch_size": 8, "lr": 1e-3, "checkpoint_every": 2}
 SCHEDULE = recipes.RECIPES["glyphs-uvit"].schedule
-PROTOCOL = recipes.Protocol(n=2048, steps=2)
+PROTOCOL = recipes.Protocol(n=64, steps=2, batch_size=16)
 
 
 @pytest.fixture
@@ -35,7 +35,11 @@ def tiny_recipes(monkeypatch, tmp_path):
     student = recipes.Recipe("headline", "Tiny", "student", "teacher", pattern="2:4", distil=True, train=TRAIN, bundle=True)
     monkeypatch.setitem(recipes.RECIPES, "teacher", teacher)
     monkeypatch.setitem(recipes.RECIPES, "student", student)
-    monkeypatch.setattr(experiment.data, "load", lambda name, **options: data.Glyphs(**{"n": 72, **options}))
+    monkeypatch.setattr(data, "load", lambda name, **options: data.Glyphs(**{"n": 72, **options}))
+    monkeypatch.setitem(metrics.MIN_SAMPLES, "fd", PROTOCOL.n)  # scores of few pictures: quick, and enough to tell runs apart
+    monkeypatch.setattr(metrics, "KID_SUBSET", 32)
+    monkeypatch.setattr(experiment, "WATCH_PICTURES", PROTOCOL.n)
+    monkeypatch.setattr(evaluation, "CHUNK", 20)
     monkeypatch.setattr(folders, "ASSETS", tmp_path / "assets")
     monkeypatch.setattr(experiment, "RESULTS", tmp_path / "assets" / "results")
     return tmp_path / "runs"
@@ -57,13 +61,13 @@ def test_teacher_and_student_end_to_end(tiny_recipes, monkeypatch):
     )
     again = [state.stage for state in experiment.reproduce("student", tiny_recipes, PROTOCOL)]
     assert again == ["done"]  # a finished run is not repeated ...
-    more = [state.stage for state in experiment.reproduce("student", tiny_recipes, dataclasses.replace(PROTOCOL, n=2050))]
+    more = [state.stage for state in experiment.reproduce("student", tiny_recipes, dataclasses.replace(PROTOCOL, n=66))]
     assert {"sample", "score"} <= set(more)  # ... unless it is to be scored in another way
 
 
 @pytest.mark.parametrize("reinit", [False, True])
 def test_pruned_models_are_made_by_recipe(tiny_recipes, monkeypatch, reinit):
-    monkeypatch.setattr(experiment, "IMPORTANCE_PICTURES", 4)
+    monkeypatch.setattr(beginning, "IMPORTANCE_PICTURES", 4)
     prune = {"ratio": 0.5, "round_to": 4, "score": "squared", "threshold": 0.9, "reinit": reinit}
     monkeypatch.setitem(recipes.RECIPES, "pruned", recipes.Recipe("headline", "Tiny", "pruned", "teacher", prune=prune))
     torch.manual_seed(1)
@@ -99,7 +103,7 @@ def test_scratch_draws_the_weights_of_the_narrow_layers():
     wide.register_to_config(noise_schedule=SCHEDULE)
     prune = {"ratio": 0.75, "score": "random", "reinit": True}
     with pytest.raises(StopIteration) as end:
-        next(experiment._pruned(wide, recipes.Recipe("headline", "Tiny", "scratch", prune=prune), None, 0))
+        next(beginning.pruned(wide, recipes.Recipe("headline", "Tiny", "scratch", prune=prune), None, 0))
     for name, layer in layers.weight_layers(end.value.value):
         bound = layer.weight[0].numel() ** -0.5  # PyTorch draws uniformly up to it
         assert 0.8 * bound < layer.weight.abs().max() < 1.0001 * bound, name
@@ -111,8 +115,8 @@ def carry_out(out):
     options = {"pattern": "2:4", "distil": True, "prune": prune, "train": TRAIN, "watch": (0, 2)}
     protocol = recipes.Protocol(n=30, steps=2, batch_size=8)
     recipes.RECIPES["pruned"] = recipes.Recipe("headline", "Tiny", "pruned", "teacher", **options, protocol=protocol)
-    experiment.IMPORTANCE_PICTURES, experiment.WATCH_PICTURES, metrics.MIN_SAMPLES["fd"] = 4, 20, 20
-    experiment.data.load = lambda name, **options: data.Glyphs(**{"n": 72, **options})
+    beginning.IMPORTANCE_PICTURES, experiment.WATCH_PICTURES, metrics.MIN_SAMPLES["fd"] = 4, 20, 20
+    data.load = lambda name, **options: data.Glyphs(**{"n": 72, **options})
     evaluation.score = lambda images, *rest: {"n": len(images), "mean": images.float().mean().item()}
     command("reproduce", "pruned", "--out", out, "--json")
 
@@ -187,7 +191,7 @@ def test_watched_run_has_a_curve_that_ends_with_its_score(tiny_recipes, monkeypa
     list(experiment.reproduce("watched", tiny_recipes, PROTOCOL))
     result = json.loads((tiny_recipes / "watched" / "results.json").read_text())
     assert [point["step"] for point in result["curve"]] == [0, 2, 4, 6]
-    assert result["curve"][-1]["fd_glyph"] == pytest.approx(result["scores"]["fd_glyph"])  # both on 2,048 pictures
+    assert result["curve"][-1]["fd_glyph"] == pytest.approx(result["scores"]["fd_glyph"])  # of the same pictures
     assert len({point["fd_glyph"] for point in result["curve"]}) == 4
 
 
@@ -219,9 +223,9 @@ def test_seeds_have_their_own_runs_and_noise(tiny_recipes, monkeypatch):
 def test_results_name_the_commit_that_the_run_began_with(tiny_recipes, monkeypatch):
     monkeypatch.setattr(judges, "classifier_of", _untrained_classifier)
     states = experiment.reproduce("teacher", tiny_recipes, PROTOCOL)
-    monkeypatch.setattr(experiment, "_commit", lambda: "abc1234")
+    monkeypatch.setattr(plan, "code_version", lambda: "abc1234")
     next(states)
-    monkeypatch.setattr(experiment, "_commit", lambda: "another")
+    monkeypatch.setattr(plan, "code_version", lambda: "another")
     list(states)
     assert json.loads((tiny_recipes / "teacher/results.json").read_text())["commit"] == "abc1234"
 
@@ -341,7 +345,7 @@ def test_a_model_that_a_kill_left_between_two_renames_is_found(tiny_recipes):
 def test_student_that_is_not_sparse_is_not_scored(tiny_recipes):
     model = UViTModel(**TINY)
     model.register_to_config(noise_schedule=SCHEDULE)
-    experiment._note_settings(tiny_recipes / "student", TRAIN)
+    plan.note_settings(tiny_recipes / "student", TRAIN)
     folders.save(model, tiny_recipes / "student" / "model")
     with pytest.raises(ValueError, match=r"in_blocks\.0\.attn\.qkv is not 2:4"):
         next(experiment.reproduce("student", tiny_recipes, PROTOCOL))

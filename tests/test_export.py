@@ -119,8 +119,8 @@ def test_a_unet_in_sparse_training(make_model, tmp_path):
 
 @pytest.mark.parametrize("name", ["glyphs-uvit-2x4", "glyphs-unet-2x4"])
 def test_bundled_students_pass_the_check_and_carry_their_noise_schedule(name, tmp_path, monkeypatch):
-    compared, relative_error = [], export._relative_error
-    monkeypatch.setattr(export, "_relative_error", lambda *pair: compared.append(pair) or relative_error(*pair))
+    compared, relative_error = [], export.relative_error
+    monkeypatch.setattr(export, "relative_error", lambda *pair: compared.append(pair) or relative_error(*pair))
     model = sparsedm.load(name)
     export.onnx(model, tmp_path / "model.onnx")
     assert [len(output) for output, _ in compared] == [1, 2, 5]
@@ -189,7 +189,7 @@ def test_models_that_take_text_of_another_length(tmp_path):
 def program(make_model):
     """What the exporter makes of `uvit`; to be cloned."""
     model = in_state(make_model("uvit", depth=2), "folded").eval()
-    return export._trace(model, inputs_for(2), dynamic=True)
+    return export.trace(model, inputs_for(2), dynamic=True)
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def exporter(program, monkeypatch):
             change(clone)
             return clone
 
-        monkeypatch.setattr(export, "_trace", trace)
+        monkeypatch.setattr(export, "trace", trace)
 
     return install
 

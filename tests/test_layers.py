@@ -377,7 +377,7 @@ def test_a_subclass_has_the_defaults_of_its_parent(make_model):
         notes = ([row.note for row in sparsedm.report(each).rows] for each in (fold(model), fold(mine)))
         assert next(notes) == next(notes)
     config = checkpoint.TrainConfig(steps=1, optimizer="muon")
-    groups = ([len(o.param_groups[0]["params"]) for o in checkpoint._make_optimizers(each, config)] for each in (model, mine))
+    groups = ([len(o.param_groups[0]["params"]) for o in checkpoint.make_optimizers(each, config)] for each in (model, mine))
     assert next(groups) == next(groups)
 
 

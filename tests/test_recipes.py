@@ -11,10 +11,13 @@ from diffusers import AutoencoderKL, UNet2DModel
 from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 
+from sparsedm import data
 from sparsedm.checkpoints import folders
 from sparsedm.data.latents import Latents
-from sparsedm.experiments import experiment, recipes
+from sparsedm.experiments import beginning, experiment, recipes
 from sparsedm.masking import layers
+from sparsedm.pruning import diffpruning
+from sparsedm.training import runlog
 
 PAPER = {name: found for name, found in recipes.RECIPES.items() if found.suite == "paper"}
 TEACHERS = [name for name, found in PAPER.items() if not found.base]
@@ -48,7 +51,7 @@ def trial(monkeypatch, tmp_path):
         config = narrow(PAPER[PAPER[name].base or name]).model[1]
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(8, config.get("in_channels", 3), *[config["sample_size"]] * 2, generator=generator).clamp(-1, 1)
-        if not PAPER[name].data.startswith("latents:"):
+        if data.kind(PAPER[name].data) != "latents":
             return TensorDataset(images, torch.arange(8))
         text = torch.randn(9, config.get("context_tokens", 1), config.get("context_dim") or 1, generator=generator)
         given = {"encoder_hidden_states": text[:8]} if config.get("context_dim") else {"labels": torch.arange(8)}
@@ -62,19 +65,17 @@ def trial(monkeypatch, tmp_path):
     AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4, **blocks).save_pretrained(vae)
 
     def start(name: str):
-        monkeypatch.setattr(
-            experiment.data, "load", lambda data, **options: data if not isinstance(data, str) else stand_in(name)
-        )
+        monkeypatch.setattr(data, "load", lambda data, **options: data if not isinstance(data, str) else stand_in(name))
         monkeypatch.setitem(recipes.RECIPES, name, narrow(PAPER[name]) if not PAPER[name].base else PAPER[name])
-        latent = PAPER[name].data.startswith("latents:")
+        latent = data.kind(PAPER[name].data) == "latents"
         protocol = dataclasses.replace(PAPER[name].protocol, n=2, steps=2)
         return experiment.reproduce(name, tmp_path, protocol, vae=vae if latent else None, **settings(name))
 
-    monkeypatch.setattr(experiment, "RunLog", functools.partial(experiment.RunLog, every=1))
-    monkeypatch.setattr(experiment, "IMPORTANCE_PICTURES", 2)
-    importance = experiment.diffpruning.importance
+    monkeypatch.setattr(experiment, "RunLog", functools.partial(runlog.RunLog, every=1))
+    monkeypatch.setattr(beginning, "IMPORTANCE_PICTURES", 2)
+    importance = diffpruning.importance
     few = lambda *args, **options: itertools.islice(importance(*args, **options), 3)  # noqa: E731
-    monkeypatch.setattr(experiment.diffpruning, "importance", few)
+    monkeypatch.setattr(diffpruning, "importance", few)
     return start
 
 

@@ -49,8 +49,8 @@ def runs(store):
 
 def timed(path, **speedups) -> None:
     names = {key: f"{BASE}-short-{key.replace('_', '-').strip('-')}" for key in speedups}
-    rows = [{"name": names[key], "speedup": value, "speedup_over_onednn": 0.8 * value} for key, value in speedups.items()]
-    rows = [{**row, "speedup_best": 0.8 * row["speedup"], "what": f"{row['name']}, batch 3", "threads": 5} for row in rows]
+    rows = [{"name": names[key], "speedup_best": value, "speedup": 1.25 * value} for key, value in speedups.items()]
+    rows = [{**row, "what": f"{row['name']}, batch 3", "threads": 5} for row in rows]
     (path / "bench-methods.json").write_text(json.dumps({"rows": rows}))
 
 
@@ -179,12 +179,11 @@ def test_fixed_and_progressive_are_judged_at_the_papers_constant_rate(runs):
     assert found.figures.endswith("3.03 against 4.00 with a rate that falls to 0")
 
 
-@pytest.mark.parametrize(("speedup", "word"), [(1.5, claims.HOLDS), (1.3, claims.FAILS)])
+@pytest.mark.parametrize(("speedup", "word"), [(1.12, claims.HOLDS), (1.04, claims.FAILS)])
 def test_faster_is_faster_than_onednn_too(runs, tmp_path, speedup, word):
     timed(tmp_path, **{"2x4": speedup})
     found = verdict("it runs faster")
-    figures = f"{speedup:.2f} times faster, {0.8 * speedup:.2f} over oneDNN; batch 3, 5 threads"
-    assert found == claims.Verdict(word, figures)
+    assert found == claims.Verdict(word, f"{speedup:.2f} times faster; batch 3, 5 threads")
 
 
 def test_equal_time_is_between_two_widths(runs, tmp_path):
@@ -193,16 +192,16 @@ def test_equal_time_is_between_two_widths(runs, tmp_path):
     runs(f"{BASE}-short-diffpruned-most", 4.0, macs=800)
     runs(f"{BASE}-short-diffpruned-quarter", 8.0, macs=250)
     shares = {"2x4": 0.8, "diffpruned": 0.5, "diffpruned_most": 0.6, "diffpruned_quarter": 0.3}  # of the dense model's best time
-    timed(tmp_path, **{name: 1 / 0.8 / share for name, share in shares.items()})
+    timed(tmp_path, **{name: 1 / share for name, share in shares.items()})
     claim = "better than Diff-Pruning at equal measured time"
     found = verdict(claim)  # 0.8 is half way, logarithmically, from 2.0 (at 1) to 4.0 (at 0.6)
     assert found.figures == "3.03 against 2.83 at 80% of the dense time (3.16 if the dense model counts at lr 3e-4)"
     assert found.word == claims.OPEN
-    timed(tmp_path, **{name: 1 / 0.8 / share for name, share in {**shares, "2x4": 1.05}.items()})  # slower than the dense model
+    timed(tmp_path, **{name: 1 / share for name, share in {**shares, "2x4": 1.05}.items()})  # slower than the dense model
     assert verdict(claim).figures.startswith("3.03 against 2.00 at 105% of the dense time (2.50")
-    timed(tmp_path, **{name: 1 / 0.8 / share for name, share in {**shares, "2x4": 0.2}.items()})  # faster than all
+    timed(tmp_path, **{name: 1 / share for name, share in {**shares, "2x4": 0.2}.items()})  # faster than all
     assert verdict(claim).figures == "no pruned model is as fast (0.20 of the dense time)"
-    timed(tmp_path, **{name: 1 / 0.8 / share for name, share in shares.items()})
+    timed(tmp_path, **{name: 1 / share for name, share in shares.items()})
     runs(f"{BASE}-short-more-gentle", 1.0)  # against which it loses, while against the other chance decides
     assert verdict(claim).word == claims.OPEN
     runs(f"{BASE}-short-more", 1.0)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler
 def file(tmp_path, monkeypatch):
     path = tmp_path / "times.json"
     monkeypatch.setattr(tuning, "path", lambda: path)
-    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(tuning, "known", {})
     return path
 
 
@@ -31,7 +31,7 @@ def test_measured_once_and_remembered_by_the_next_process(file, monkeypatch):
     found = tuning.times(("layer", 1), lambda: variants(calls))
     assert found.gain > 1 and found.dense > found.packed > 0
     assert tuning.times(("layer", 1), lambda: variants(calls)) == found
-    monkeypatch.setattr(tuning, "_known", {})  # as in a new process
+    monkeypatch.setattr(tuning, "known", {})  # as in a new process
     assert tuning.times(("layer", 1), lambda: variants(calls)) == found and len(calls) == 1
 
 

@@ -98,7 +98,7 @@ def onnx(
         raise ValueError(f"batch must be at least 1, it is {batch}")
     plain, patterns = _plain(model, dtype)
     inputs = _checked_inputs(plain, inputs)
-    program = _trace(plain, _draw(plain, inputs, batch or 2), dynamic=batch is None)
+    program = trace(plain, _draw(plain, inputs, batch or 2), dynamic=batch is None)
     with _written(program, path) as temporary:
         _verify_weights(temporary, plain, patterns)
         if check:
@@ -159,7 +159,7 @@ def _draw(model: nn.Module, inputs: Mapping[str, torch.Tensor], batch: int, seed
     return drawn
 
 
-def _trace(model: nn.Module, example: dict[str, torch.Tensor], dynamic: bool):
+def trace(model: nn.Module, example: dict[str, torch.Tensor], dynamic: bool):
     """The call as an `onnx_ir.Model`, optimised; its weights are called as in the state dict, transposed ones with ".T"."""
     dynamic_axes = {name: {0: torch.export.Dim.DYNAMIC} for name in example} if dynamic else None
     with warnings.catch_warnings(), torch.no_grad():
@@ -261,14 +261,14 @@ def _compare(path: Path, model: nn.Module, inputs: Mapping[str, torch.Tensor], b
     for drawn, output in outputs:
         with torch.no_grad():
             expected = _Denoiser(model)(**drawn)
-        error = _relative_error(output, expected)
+        error = relative_error(output, expected)
         if not error <= tolerance:
             raise ValueError(
                 f"onnxruntime's output differs from torch's by {error:.2g} at batch {len(expected)} (limit {tolerance:g})"
             )
 
 
-def _relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference over the largest expected magnitude; infinite for another shape or type."""
     if output.shape != expected.shape or output.dtype != expected.dtype:
         return float("inf")

@@ -12,6 +12,7 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from .. import diffusion, models
 from ..masking import layers, nm
+from ..masking.plain import refuse_adapters, refuse_fused
 from ..models import denoisers
 from ..packing import tensors
 from ..packing.packed import has_packed, unpack
@@ -114,8 +115,8 @@ def save(
             tensor is not finite, too large for `dtype`, or so small that it would lose more than `LOST` of itself (named).
         OSError: the folder cannot be written; an earlier folder stays.
     """
-    layers.refuse_adapters(model)
-    layers.refuse_fused(model)
+    refuse_adapters(model)
+    refuse_fused(model)
     _check_replaceable(Path(folder))
     if layers.is_sparse(model):
         model = layers.folded(model)

@@ -37,6 +37,7 @@ def reproduce(
 ) -> None:
     """Train, save and score experiments. Example: python -m sparsedm reproduce glyphs-uvit-2x4"""
     from ..experiments import experiment, recipes
+    from ..experiments.results import RESULTS_FILE
     from ..training.checkpoint import TrainConfig
     from .common import on, outcome, show
 
@@ -59,7 +60,7 @@ def reproduce(
         run, protocol = recipes.run_name(recipe, number), recipes.protocol(recipe, n)
         states = experiment.reproduce(recipe, out, protocol, bundle, number, inception, vae, reference, **options)
         results[run] = show(run, states, json)
-    outcome(results, json, "\n".join(f"results in {out / run / experiment.RESULTS_FILE}" for run in results))
+    outcome(results, json, "\n".join(f"results in {out / run / RESULTS_FILE}" for run in results))
 
 
 def compare(

@@ -19,11 +19,17 @@ from .latents import Latents
 from .pictures import IMAGE_SUFFIXES, ImageFolder
 
 __all__ = [
-    "GLYPHS", "IMAGE_SUFFIXES", "NAMES", "Digits", "Faces", "Glyphs", "ImageFolder", "Latents", "StepSampler", "load", "stack",
+    "GLYPHS", "IMAGE_SUFFIXES", "NAMES", "Digits", "Faces", "Glyphs", "ImageFolder", "Latents", "StepSampler", "kind", "load",
+    "stack",
     "to_float", "to_uint8", "word_labels",
 ]  # fmt: skip
 
 NAMES = ("glyphs", "glyphs-rgb", "faces", "digits", *torchvision_sets.NAMES, "folder:PATH", "latents:PATH")
+
+
+def kind(name: str) -> str:
+    """What the data set called `name` holds: "glyphs" (in grey or in colour), "folder", "latents", or the name itself."""
+    return "glyphs" if name in ("glyphs", "glyphs-rgb") else name.partition(":")[0]
 
 
 def load(
@@ -52,15 +58,15 @@ def load(
     """
     if not isinstance(name, str):
         return name
-    if name in ("glyphs", "glyphs-rgb"):
+    if kind(name) == "glyphs":
         return Glyphs(40_000 if n is None else n, size or 16, seed, split, rgb=name == "glyphs-rgb")
     if name == "faces":
         return Faces(40_000 if n is None else n, size or 32, seed, split)
     if name == "digits":
         return Digits(split)
-    if name.startswith("folder:"):
+    if kind(name) == "folder":
         return ImageFolder(name.removeprefix("folder:"), size or 32)
-    if name.startswith("latents:"):
+    if kind(name) == "latents":
         return Latents(name.removeprefix("latents:"))
     if name in torchvision_sets.NAMES:
         return torchvision_sets.load(name, Path(root), split, size, download)

@@ -7,6 +7,7 @@ import torch
 
 from .. import plots
 from ..masking import layers, nm
+from ..masking.plain import weight_layers
 from ..measure import reporting
 from . import checks, models, turns
 from .models import Catalogue
@@ -23,7 +24,7 @@ def offered(catalogue: Catalogue) -> list[tuple[str, str]]:
 
 @functools.lru_cache(maxsize=16)
 def _weights(variant: models.Variant) -> dict[str, torch.Tensor]:
-    return {name: layer.weight.detach().cpu() for name, layer in layers.weight_layers(models.copy_of(variant))}
+    return {name: layer.weight.detach().cpu() for name, layer in weight_layers(models.copy_of(variant))}
 
 
 def table(catalogue: Catalogue, key: str, pattern: str) -> list[list[str]]:

@@ -13,6 +13,7 @@ from .. import data
 from ..checkpoints import folders
 from ..experiments.recipes import RECIPES
 from ..masking import layers
+from ..masking.plain import WEIGHTED
 from ..measure import macs, sizes
 from ..models import denoisers
 from ..packing import packed
@@ -145,7 +146,7 @@ def kernels(model: nn.Module) -> str:
     """How many layers of each class run packed and dense: "Linear 25 packed, 4 dense"."""
     layer_counts: dict[str, list[int]] = {}
     for module in model.modules():
-        if packed.is_packed(module) or isinstance(module, layers.WEIGHTED):
+        if packed.is_packed(module) or isinstance(module, WEIGHTED):
             counts = layer_counts.setdefault(type(module).__name__.removeprefix("Packed"), [0, 0])
             counts[0 if packed.is_packed(module) else 1] += 1
     parts = []

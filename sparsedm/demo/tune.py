@@ -25,7 +25,7 @@ from .words import about, said, saved, si
 PATTERNS = ("2:4", "1:4", "3:4", "4:8", "1:8", "7:8")
 MAX_STEPS, EVERY, SAMPLING_STEPS = 400, 10, 15
 LEARNING_RATE, EMA_DECAY, WARMUP, BATCH = 1e-3, 0.9, 10, 32
-_stops: dict[str, threading.Event] = {}  # of the sessions that train now
+running: dict[str, threading.Event] = {}  # the sessions that train now; a training ends when its event is set
 
 
 @dataclass
@@ -66,14 +66,14 @@ def tune(catalogue: Catalogue, session: str, base, pattern, decay, weight, steps
 
     The last result has the packed student as a zip file.
     """
-    stopped = _stops[session] = threading.Event()
+    stopped = running[session] = threading.Event()
     try:
         yield from turns.long(_tune(catalogue, stopped, base, pattern, decay, weight, steps, word))
     except (ValueError, OSError) as error:
         raise said(error) from error
     finally:
-        if _stops.get(session) is stopped:
-            del _stops[session]
+        if running.get(session) is stopped:
+            del running[session]
 
 
 def _tune(catalogue: Catalogue, stopped: threading.Event, base, pattern, decay, weight, steps, word) -> Iterator[tuple | None]:
@@ -143,7 +143,7 @@ def _packed(model: nn.Module, folder: Path, name: str) -> str:
 
 def stop(request: gr.Request) -> str:
     """Ask this page's training to end after its step; the student so far can be downloaded."""
-    stopping = _stops.get(request.session_hash or "")
+    stopping = running.get(request.session_hash or "")
     if stopping is None:
         return "Nothing is training."
     stopping.set()

@@ -1,34 +1,28 @@
 """The claims of the two papers, and the verdict of the stored results on each: holds, does not hold, or cannot be told.
 
-Chance counts: a claim holds, or does not, only if a t-test on ln FD-glyph says so. The test pools the deviation from run to run
-over all methods that have several seeds, of both teachers: two or three runs alone may agree by luck.
+Chance counts: a claim about FD-glyph holds, or does not, only if a t-test says so (`significance`).
 """
 
 import functools
 import itertools
-import math
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
-
-from scipy import stats
 
 from ..masking import layers
 from ..masking.dense import default_rule
+from ..masking.plain import weight_layers
 from ..measure import macs
 from ..models.uvit import UViTModel
 from ..support import markdown
 from . import results
 from .recipes import RECIPES, Recipe
 from .results import Row
+from .significance import TOLERANCE, Chance, MissingEvidence, Score, between, chance, told_apart
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
 HALF = 0.55  # share of the MACs that counts as half
 CONSISTENT = 0.93  # SSIM that counts as close to the original's pictures: the Diff-Pruning paper's on CIFAR-10
-TOLERANCE = 1.1  # ratio of FD-glyph to the dense model's that counts as the same quality: FID grows so in the SparseDM paper
 FASTER = 1.1  # speed-up that counts as faster
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -45,74 +39,6 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"**{self.word}**: {self.figures}"
-
-
-class MissingEvidence(Exception):
-    """A result that a claim needs and that has not been measured; the message names it."""
-
-
-class Score(NamedTuple):
-    """The mean FD-glyph of a method, and the number of its runs."""
-
-    fd: float
-    runs: float = 1.0
-
-    @classmethod
-    def of(cls, row: Row) -> "Score":
-        return cls(row.fd, len(row.runs))
-
-
-@dataclass(frozen=True)
-class Chance:
-    """How much FD-glyph varies by chance.
-
-    Attributes:
-        deviation: standard deviation of ln FD-glyph from run to run of one method.
-        freedom: degrees of freedom of the estimate.
-    """
-
-    deviation: float
-    freedom: int
-
-    @classmethod
-    def of(cls, rows: Iterable[Row]) -> "Chance":
-        """Pooled over the rows with several runs. Raises MissingEvidence if there is none."""
-        several = [row for row in rows if len(row.runs) > 1]
-        freedom = sum(len(row.runs) - 1 for row in several)
-        if not freedom:
-            raise MissingEvidence("several seeds of a method")
-        squares = sum(_deviation(row) ** 2 * (len(row.runs) - 1) for row in several)
-        return cls(math.sqrt(squares / freedom), freedom)
-
-    def reach(self, a: float = 1.0, b: float = 1.0, sides: int = 2) -> float:
-        """How far apart ln FD-glyph of means of `a` and of `b` runs must be to count as different, or as larger (one side)."""
-        return stats.t.ppf(1 - (1 - CONFIDENCE) / sides, self.freedom) * self.deviation * math.sqrt(1 / a + 1 / b)
-
-    def compare(self, a: Score, b: Score) -> int:
-        """-1 if FD-glyph of `a` is the lower one, 1 if that of `b` is, 0 if chance may explain the difference."""
-        return _sign(math.log(a.fd / b.fd), self.reach(a.runs, b.runs))
-
-    def within(self, a: Score, b: Score) -> int:
-        """-1 if FD-glyph of `a` is at most `TOLERANCE` times that of `b`, 1 if more, 0 if chance may explain the difference."""
-        return _sign(math.log(a.fd / b.fd / TOLERANCE), self.reach(a.runs, b.runs, sides=1))
-
-
-def _deviation(row: Row) -> float:
-    """The standard deviation of ln FD-glyph over the runs of one method."""
-    return statistics.stdev(math.log(run["scores"]["fd_glyph"]) for run in row.runs)
-
-
-def _sign(gap: float, reach: float) -> int:
-    return 0 if abs(gap) <= reach else int(math.copysign(1, gap))
-
-
-def chance() -> Chance:
-    """The deviation by chance in the stored results of both suites. Raises MissingEvidence if no method has several seeds."""
-    return Chance.of(_rows())
-
-
-def _rows() -> list[Row]:
-    return [row for suite in results.SUITES for row in results.load(suite)]
 
 
 class Evidence:
@@ -180,7 +106,7 @@ def _skips_dense(teacher: Recipe, pattern: str) -> int:
     cls, config = teacher.model
     model = cls(**config)
     excluded = default_rule(model)
-    dense = [name for name, _ in layers.weight_layers(model) if excluded(name) or name.endswith(".skip_linear")]
+    dense = [name for name, _ in weight_layers(model) if excluded(name) or name.endswith(".skip_linear")]
     return macs.count(layers.sparsify(model, pattern, exclude=dense)).sparse
 
 
@@ -216,10 +142,8 @@ def _fixed(evidence: Evidence) -> Verdict:
 def _faster(key: str) -> Callable[[Evidence], Verdict]:
     def judge(evidence: Evidence) -> Verdict:
         row = evidence.short(key)
-        best = _timed(row)
-        converted = f", {row.speedup_over_onednn:.2f} over oneDNN" if row.speedup_over_onednn else ""  # GPUs lack oneDNN
-        times = f"{row.speedup:.2f} times faster{converted}; {row.timed_with}"
-        return Verdict(HOLDS if best >= FASTER else FAILS, times)
+        speedup = _timed(row)
+        return Verdict(HOLDS if speedup >= FASTER else FAILS, f"{speedup:.2f} times faster; {row.timed_with}")
 
     return judge
 
@@ -252,16 +176,10 @@ def _rival(evidence: Evidence, dense: str, time: float) -> Score | None:
     return widths[0][1] if time > 1 else None
 
 
-def between(a: Score, b: Score, share: float) -> Score:
-    """The score at `share` of the way from `a` to `b`, on a logarithmic scale; its number of runs gives the mean's variance."""
-    fd = a.fd ** (1 - share) * b.fd**share
-    return Score(fd, 1 / ((1 - share) ** 2 / a.runs + share**2 / b.runs))
-
-
 def _timed(row: Row) -> float:
-    if row.speedup_best is None:
+    if row.speedup is None:
         raise MissingEvidence(f"time of {row.name}")
-    return row.speedup_best
+    return row.speedup
 
 
 def _cheap(evidence: Evidence) -> Verdict:
@@ -326,15 +244,19 @@ def _judged(judge: Callable[[Evidence], Verdict], evidence: Evidence) -> Verdict
         return Verdict(OPEN, f"not run ({missing})")
 
 
-_RULES = f"""
-Scores are FD-glyph where nothing else is said: of the short runs, but of the long ones (more pictures and sampling steps, not
-to be compared with the others) for *the same quality* and for a fifth of the training. Better: than every rival named; it does
-not hold if one of them is better. Quality is kept if FD-glyph is at most {TOLERANCE - 1:.0%} above the teacher's and above the
-dense model's with the same extra training at either rate (t-test, one side). Half the MACs: at most {HALF:.0%}. Equal time:
-between the two nearest of the pruned widths and the dense model, on a logarithmic scale; each as it runs fastest (eager,
-channels-last, compiled, or converted to oneDNN). Faster: by {FASTER - 1:.0%}, over the dense model as it runs fastest. Close to
-the original: SSIM of at least {CONSISTENT}, the paper's on CIFAR-10, and above that of the same shape from scratch.
-"""
+_RULES = (
+    "*Scores* are FD-glyph where nothing else is said. They are those of the short runs; *the same quality* and a fifth of the"
+    " training are judged by the long runs, which have more pictures and sampling steps.",
+    "*Better* means better than every rival that is named. The claim does not hold if one rival is better.",
+    f"*The same quality*: FD-glyph is at most {TOLERANCE - 1:.0%} above the teacher's, and above the dense model's after the same"
+    " extra training, at either learning rate (t-test, one side).",
+    f"*Half the MACs*: at most {HALF:.0%}.",
+    f"*Faster*: by {FASTER - 1:.0%}, both models in the fastest of eager, channels-last, compiled and oneDNN.",
+    "*Equal time*: the rival's score is interpolated, on a logarithmic scale, between the two models nearest in time, among the"
+    " pruned ones and the dense one.",
+    f"*Close to the original*: SSIM of at least {CONSISTENT}, the paper's on CIFAR-10, and above that of the same shape from"
+    " scratch.",
+)
 
 
 def table(bases: tuple[str, ...] = ("glyphs-uvit", "glyphs-unet")) -> str:
@@ -342,19 +264,5 @@ def table(bases: tuple[str, ...] = ("glyphs-uvit", "glyphs-unet")) -> str:
     columns = [verdicts(base) for base in bases]
     names = [results.load("headline", base)[0].recipe.backbone for base in bases]
     rows = ((paper, claim, *cells) for (paper, claim, _), *cells in zip(CLAIMS, *columns, strict=True))
-    return f"{markdown.table(('paper', 'claim', *names), rows)}\n\n{' '.join(_RULES.split())} {_told_apart()}"
-
-
-def _told_apart() -> str:
-    """How far FD-glyph varies by chance, in a sentence or two."""
-    try:
-        spread = chance()
-    except MissingEvidence:
-        return "Nothing tells how large chance is: no method has several seeds."
-    single, three = (math.expm1(spread.reach(runs, runs)) for runs in (1, 3))
-    most = max((row for row in _rows() if len(row.runs) > 1), key=_deviation)
-    return (
-        f"From seed to seed FD-glyph varies by {spread.deviation:.1%} (standard deviation of all methods together,"
-        f" {spread.freedom} degrees of freedom; most of all, {_deviation(most):.0%}, in {most.recipe.title}): single runs count"
-        f" as different from {single:.0%} on, means of three from {three:.0%} on (t-test, {CONFIDENCE:.0%})."
-    )
+    notes = "\n".join(f"- {note}" for note in (*_RULES, told_apart()))
+    return f"{markdown.table(('paper', 'claim', *names), rows)}\n\n{notes}"

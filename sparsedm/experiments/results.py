@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ..checkpoints import folders
+from ..masking.nm import NMPattern
 from ..measure import cards
 from ..support import markdown
 from .recipes import RECIPES, Recipe, recipe, run_name
@@ -19,6 +20,10 @@ RESULTS = folders.ASSETS / "results"
 RESULTS_FILE = "results.json"  # of a run, in its folder
 SUITES = ("headline", "short")  # on the letter models
 _SEEDS = "±: largest deviation of two or three seeds."
+_FASTER = (
+    "Times faster: the dense model's time for a step of 16 pictures, divided by this model's (float32, two threads, each model in"
+    " the fastest of eager, channels-last, compiled and oneDNN). Models of the same shape and pattern share one measurement."
+)
 
 
 @dataclass(frozen=True)
@@ -55,17 +60,7 @@ class Row:
 
     @property
     def speedup(self) -> float | None:
-        """How many times faster than the teacher's a step is, packed or with fewer channels; None if that was not measured."""
-        return self._timed.get("speedup")
-
-    @property
-    def speedup_over_onednn(self) -> float | None:
-        """The speed-up over the teacher converted to oneDNN, which is faster where PyTorch's own linear layers are slow."""
-        return self._timed.get("speedup_over_onednn")
-
-    @property
-    def speedup_best(self) -> float | None:
-        """The speed-up with both models as they run fastest, converted to oneDNN or not: what counts at equal time."""
+        """How many times faster than the teacher's a step is, both as they run fastest (`_FASTER`); None if not measured."""
         return self._timed.get("speedup_best")
 
     @property
@@ -120,7 +115,8 @@ def timed_recipes() -> list[str]:
     """One recipe of the short suite for every width, and for every pattern that has kernels."""
     first = {}
     for name, known in RECIPES.items():
-        if known.suite == "short" and (known.pattern.endswith(":4") or known.prune):
+        quick = known.prune or (known.pattern and NMPattern.parse(known.pattern).m == 4)
+        if known.suite == "short" and quick:
             first.setdefault(_cost(name), name)
     return list(first.values())
 
@@ -141,15 +137,14 @@ def summary_table() -> str:
     rows.sort(key=lambda row: (teachers.index(row.recipe.base or row.name), SUMMARY.index(row.recipe.role)))
     head = ("model", "FD-glyph ↓", "M MACs", "times faster ↑", "MB")
     caption = f"""FD-glyph measures quality: the Fréchet distance on a glyph classifier's features ({_drawn(rows[0].runs[0])});
-        it is not FID. {_SEEDS} MACs: multiply-accumulates per picture and step, zeros skipped. Times faster: a float32 step of 16
-        pictures on two threads, by a model of the same shape and pattern, against the dense model, both in the fastest of eager,
-        channels-last, compiled and oneDNN. MB: of the float16 file, packed for 2:4."""
+        it is not FID. {_SEEDS} MACs: multiply-accumulates per picture and step, zeros skipped. {_FASTER}
+        MB: of the float16 file, packed for 2:4."""
     return f"{markdown.table(head, map(_summary_row, rows))}\n\n{' '.join(caption.split())}"
 
 
 def _summary_row(row: Row) -> tuple:
     dense = not row.recipe.pattern and not row.recipe.prune
-    faster = "1" if dense else f"{row.speedup_best:.2f}" if row.speedup_best else ""
+    faster = "1" if dense else f"{row.speedup:.2f}" if row.speedup else ""
     return row.recipe.title, row.fd_text, f"{row.macs / 1e6:.1f}", faster, f"{_bytes(row) / 1e6:.1f}"
 
 
@@ -198,12 +193,9 @@ def short_table(base: str) -> str:
     rows = load("short", base)
     whole = next(row.macs for row in rows if row.name in teachers())
     rows.sort(key=lambda row: (row.name not in teachers(), -round(row.macs / whole, 1), row.fd))
-    head = ("method", "MACs", "FD-glyph ↓", "readability ↑", "SSIM to teacher ↑", "times faster")
-    caption = _caption(rows[0].runs[0]) + (
-        f" Training: {max(row.images for row in rows) // 1000} k pictures each. {_SEEDS}"
-        " Times faster: one step of 16 pictures, measured, each model in the fastest of eager, channels-last and compiled"
-        " PyTorch, see docs/speed.md."
-    )
+    head = ("method", "MACs", "FD-glyph ↓", "readability ↑", "SSIM to teacher ↑", "times faster ↑")
+    training = f"Training: {max(row.images for row in rows) // 1000} k pictures each."
+    caption = f"{_caption(rows[0].runs[0])} {training} {_SEEDS} {_FASTER}"
     return f"{markdown.table(head, (_short_row(row, whole) for row in rows))}\n\n{caption}"
 
 

@@ -7,10 +7,14 @@ every token, and runs once a picture, so that its time does not count.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+
+from .nm import NMPattern
+from .plain import weight_layers
+from .srste import SPARSE_CLASS, NMLayer
 
 Rule = Callable[[str], str | None]  # a layer's name to the reason why it stays dense, or None
 
@@ -60,3 +64,36 @@ def _blocks(model: nn.Module) -> Iterable[str]:
         repeated = name and isinstance(model.get_submodule(parent), nn.ModuleList)
         if (repeated or last.startswith("mid")) and list(module.children()):
             yield name
+
+
+def check_globs(globs: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if a glob matches the name of no layer."""
+    for glob in globs:
+        if glob != "*" and not any(fnmatchcase(name, glob) for name in layers):
+            raise ValueError(f"{glob!r} matches no layer; the layers are {', '.join(list(layers)[:8])} ...")
+
+
+def why_dense(name: str, module: nn.Module, pattern: NMPattern, include: Sequence[str], excluded: Rule) -> str | None:
+    """Why a layer cannot or must not be sparse, or None for a layer that will be."""
+    if not any(fnmatchcase(name, glob) for glob in include):
+        return "not included"
+    if reason := excluded(name):
+        return reason
+    if type(module) not in SPARSE_CLASS and not isinstance(module, NMLayer):
+        return f"class {type(module).__name__} is not plain Linear or Conv2d"
+    if getattr(module, "groups", 1) != 1:
+        return f"grouped convolution ({module.groups} groups)"
+    axis = module.weight.shape[1]
+    if axis % pattern.m:
+        return f"{axis} inputs, not a multiple of {pattern.m}"
+    return None
+
+
+def shared_weights(model: nn.Module) -> dict[str, str]:
+    """Layers whose weight other modules use, too: the others would see the dense weight until `fold`, then the zeros."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(name)
+    shared = ((name, users.get(id(module.weight), ())) for name, module in weight_layers(model))
+    return {name: f"its weight is used by {' and '.join(names)}" for name, names in shared if len(names) > 1}

@@ -1,4 +1,4 @@
-"""N:M sparse training layers and the life of a layer: sparsify, densify, fold.
+"""The life of a model's layers: sparsify, densify, fold, and what is asked of them while they are trained.
 
 `sparsify` swaps the class of `nn.Linear` and `nn.Conv2d` modules in place. Parameters keep their identity and their
 state-dict key, so optimisers, EMA, accelerate and checkpoints go on working; the mask is derived from the dense master
@@ -6,115 +6,30 @@ weight in every forward and never stored.
 """
 
 import copy
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from . import nm
-from .dense import Rule, by_globs, default_rule
+from .dense import by_globs, check_globs, default_rule, shared_weights, why_dense
 from .nm import NMPattern
-
-SR_STE_DECAY = 2e-4
-DECAY_MODES = ("gradient", "decoupled")
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # their weights are [in, out, ...]
-WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)  # layers that are listed and counted
+from .plain import TRANSPOSED, refuse_adapters, refuse_fused, save_as, save_as_is, weight_layers
+from .srste import DECAY_MODES, SR_STE_DECAY, NMConv2d, NMLayer, NMLinear, to_plain, to_sparse
 
 NEVER_CALLED = "its forward is never called: unused, or its weight is read in another way, which no mask would reach"
 
 
-class _SRSTE(torch.autograd.Function):
-    """Masked weight forward; backward g + decay * (1 - mask) * w, straight through to kept and pruned entries alike."""
-
-    @staticmethod
-    def forward(ctx, weight: torch.Tensor, mask: torch.Tensor, decay: float) -> torch.Tensor:
-        masked = nm.masked(weight, mask)
-        ctx.decays = bool(decay)
-        if decay:  # scaled here: torch.compile (2.13) loses a factor that is applied in backward by add's alpha
-            ctx.save_for_backward((weight - masked).mul_(decay))
-        return masked
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        return grad + ctx.saved_tensors[0] if ctx.decays else grad, None, None
-
-
-class _NMLayer:
-    """What NMLinear and NMConv2d share.
-
-    Attributes:
-        pattern: N:M of the weight.
-        decay: lambda of SR-STE.
-        decay_mode: one of `DECAY_MODES`.
-        loss_scale: the factor by which the loss is multiplied before it goes backward (`set_loss_scale`).
-        frozen_mask: the mask that no longer follows the weight, or None.
-        called: whether the forward has run.
-    """
-
-    pattern: NMPattern
-    decay: float
-    decay_mode: str
-    loss_scale: float = 1.0
-    frozen_mask: torch.Tensor | None
-    called: bool = False
-
-    def mask(self) -> torch.Tensor:
-        """Boolean mask of the current weight, or the frozen one."""
-        return nm.mask(self.weight, self.pattern) if self.frozen_mask is None else self.frozen_mask
-
-    def freeze_mask(self) -> None:
-        """Keep the current weight's mask from now on."""
-        self.register_buffer("frozen_mask", nm.mask(self.weight, self.pattern), persistent=False)
-
-    def masked_weight(self) -> torch.Tensor:
-        """The weight the layer computes with: exact zeros outside the mask, SR-STE gradient to the dense master.
-
-        SparseDM 3.2 (arXiv 2404.10445), after SR-STE (arXiv 2102.04010): dL/dw = dL/dw_masked + decay * (1 - mask) * w.
-        """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            decay = self.decay * self.loss_scale if self.decay_mode == "gradient" else 0.0
-            return _SRSTE.apply(self.weight, self.mask(), decay)
-        with torch.inference_mode(False), torch.no_grad():
-            masked = nm.masked(self.weight.detach(), self.mask()).requires_grad_(self.weight.requires_grad)
-            return masked.view_as(masked)  # autocast keeps its casts of leaves, but not of views
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pattern={self.pattern}, decay={self.decay:g}"
-
-
-class NMLinear(_NMLayer, nn.Linear):
-    """`nn.Linear` whose weight is masked N:M along the input features."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        self.called = True
-        return F.linear(input, self.masked_weight(), self.bias)
-
-
-class NMConv2d(_NMLayer, nn.Conv2d):
-    """`nn.Conv2d` whose weight is masked N:M along the input channels, at each kernel position by itself."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        self.called = True
-        return self._conv_forward(input, self.masked_weight(), self.bias)
-
-
-_SPARSE_CLASS = {nn.Linear: NMLinear, nn.Conv2d: NMConv2d}
-_DENSE_CLASS = {sparse: dense for dense, sparse in _SPARSE_CLASS.items()}
-
-
 def nm_layers(model: nn.Module) -> Iterator[tuple[str, NMLinear | NMConv2d]]:
     """Names and modules of the sparse-training layers."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, _NMLayer))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, NMLayer))
 
 
 def is_sparse(model: nn.Module) -> bool:
     """Whether `model` has sparse-training layers."""
-    return any(isinstance(module, _NMLayer) for module in model.modules())
+    return any(isinstance(module, NMLayer) for module in model.modules())
 
 
 def never_called(model: nn.Module) -> set[str]:
@@ -123,27 +38,6 @@ def never_called(model: nn.Module) -> set[str]:
     The set is empty before the first call of the model that `sparsify` was given: nothing is known then.
     """
     return {name for name, module in nm_layers(model) if not module.called} if _called(model) else set()
-
-
-def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of all linear and convolution layers, sparse or not."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, WEIGHTED))
-
-
-def refuse_adapters(model: nn.Module) -> None:
-    """Raise ValueError if an adapter (LoRA) stands where a layer of the model's class should be."""
-    for name, module in model.named_modules():
-        if hasattr(module, "base_layer"):
-            remedy = "merge it into the weights and unload it first (diffusers: fuse_lora, unload_lora_weights)"
-            raise ValueError(f"{name} is wrapped by an adapter ({type(module).__name__}); {remedy}")
-
-
-def refuse_fused(model: nn.Module) -> None:
-    """Raise ValueError if fused projections, which are copies of weights, stand beside the layers of the model's class."""
-    for name, module in model.named_modules():
-        if getattr(module, "fused_projections", False):
-            remedy = "load the model anew, and call fuse_qkv_projections at the end, on the folded model"
-            raise ValueError(f"{name} has fused projections beside its own; {remedy}")
 
 
 def sparsify(
@@ -189,20 +83,18 @@ def sparsify(
         raise ValueError(f"decay must not be negative, it is {decay}")
     excluded = default_rule(model) if exclude is None else by_globs(exclude)
     layers = dict(weight_layers(model))
-    bypassed = _shared_weights(model) | dict(bypassed or {})
-    _check_globs([*include, *overrides, *(exclude or ())], layers)
+    bypassed = shared_weights(model) | dict(bypassed or {})
+    check_globs([*include, *overrides, *(exclude or ())], layers)
     converted = 0
     for name, module in layers.items():
         chosen = next((p for glob, p in overrides.items() if fnmatchcase(name, glob)), pattern)
         reason = why_dense(name, module, chosen, include, excluded) or bypassed.get(name)
         if reason:
-            if isinstance(module, _NMLayer):
-                _to_plain(module)
+            if isinstance(module, NMLayer):
+                to_plain(module)
             module.dense_reason = reason
             continue
-        module.__class__ = _SPARSE_CLASS.get(type(module), type(module))
-        module.pattern, module.decay, module.decay_mode = chosen, float(decay), decay_mode
-        module.register_buffer("frozen_mask", None, persistent=False)
+        to_sparse(module, chosen, decay, decay_mode)
         module.__dict__.pop("dense_reason", None)
         if frozen:
             module.freeze_mask()
@@ -213,16 +105,6 @@ def sparsify(
     save_as(model, fold)
     _watch(model)
     return model
-
-
-def _shared_weights(model: nn.Module) -> dict[str, str]:
-    """Layers whose weight other modules use, too: the others would see the dense weight until `fold`, then the zeros."""
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            users.setdefault(id(parameter), []).append(name)
-    shared = ((name, users.get(id(module.weight), ())) for name, module in weight_layers(model))
-    return {name: f"its weight is used by {' and '.join(names)}" for name, names in shared if len(names) > 1}
 
 
 def _watch(model: nn.Module) -> None:
@@ -244,28 +126,6 @@ def _called(model: nn.Module) -> bool:
     return model.__dict__.get("_called_sparse", False)
 
 
-def _check_globs(globs: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
-    for glob in globs:
-        if glob != "*" and not any(fnmatchcase(name, glob) for name in layers):
-            raise ValueError(f"{glob!r} matches no layer; the layers are {', '.join(list(layers)[:8])} ...")
-
-
-def why_dense(name: str, module: nn.Module, pattern: NMPattern, include: Sequence[str], excluded: Rule) -> str | None:
-    """Why a layer cannot or must not be sparse, or None for a layer that will be."""
-    if not any(fnmatchcase(name, glob) for glob in include):
-        return "not included"
-    if reason := excluded(name):
-        return reason
-    if type(module) not in _SPARSE_CLASS and not isinstance(module, _NMLayer):
-        return f"class {type(module).__name__} is not plain Linear or Conv2d"
-    if getattr(module, "groups", 1) != 1:
-        return f"grouped convolution ({module.groups} groups)"
-    axis = module.weight.shape[1]
-    if axis % pattern.m:
-        return f"{axis} inputs, not a multiple of {pattern.m}"
-    return None
-
-
 def _leave(model: nn.Module, keep_mask: bool) -> nn.Module:
     unused = never_called(model)
     for name, module in list(nm_layers(model)):
@@ -274,50 +134,11 @@ def _leave(model: nn.Module, keep_mask: bool) -> nn.Module:
         elif keep_mask:
             with torch.no_grad():
                 module.weight.copy_(nm.masked(module.weight, module.mask()))
-        _to_plain(module)
+        to_plain(module)
     save_as_is(model)
     for module in model.modules():
         _unwatch(module)
     return model
-
-
-def save_as(model: nn.Module, plain: Callable[[nn.Module], nn.Module]) -> None:
-    """From now on diffusers' `save_pretrained` writes `plain(copy)`, for the model and for its parts that have this method.
-
-    The folder then holds the weights that the model computes with, in layers that any tool reads.
-    """
-    for module in model.modules():
-        if hasattr(module, "save_pretrained"):
-            module.save_pretrained = functools.partial(_save_plain, module, plain)
-
-
-def save_as_is(model: nn.Module) -> None:
-    """Undo `save_as`."""
-    for module in model.modules():
-        module.__dict__.pop("save_pretrained", None)
-
-
-def _save_plain(model: nn.Module, plain: Callable[[nn.Module], nn.Module], save_directory, **kwargs) -> None:
-    copied = plain(copy.deepcopy(model))
-    save_as_is(copied)
-    copied.save_pretrained(save_directory, **kwargs)
-
-
-def _to_plain(module: _NMLayer) -> None:
-    module.__class__ = _DENSE_CLASS[type(module)]
-    del module.pattern, module.decay, module.decay_mode, module.frozen_mask
-    for name in ("loss_scale", "called"):
-        module.__dict__.pop(name, None)
-
-
-def with_weights(plain: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-    """`plain`, a new linear or convolution layer, with these weights, their dtype and device, in eval mode."""
-    plain.to(weight.device, weight.dtype)
-    with torch.no_grad():
-        plain.weight.copy_(weight)
-        if bias is not None:
-            plain.bias.copy_(bias)
-    return plain.eval()
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -389,7 +210,7 @@ def patterns(model: nn.Module) -> dict[str, NMPattern]:
     for name, module in weight_layers(model):
         if name in unused or isinstance(module, TRANSPOSED):
             continue
-        pattern = module.pattern if isinstance(module, _NMLayer) else nm.detect(module.weight)
+        pattern = module.pattern if isinstance(module, NMLayer) else nm.detect(module.weight)
         if pattern is not None and pattern.n < pattern.m:
             by_name[name] = pattern
     return by_name

@@ -102,7 +102,7 @@ def _draw(model: nn.Module, protocol: Protocol, start: int, end: int, asked: dic
 
 def _texts(model: nn.Module, dataset: str, n: int) -> data.Latents | data.Faces | None:
     """The data set whose first n texts condition the model; None if the model takes no text."""
-    if denoisers.null_label(model) is not None or not dataset.startswith(("latents:", "faces")):
+    if denoisers.null_label(model) is not None or data.kind(dataset) not in ("latents", "faces"):
         return None
     texts = data.load(dataset, **_options(dataset, n, denoisers.picture_size(model)))
     return texts if isinstance(texts[0][1], dict) else None
@@ -219,7 +219,7 @@ def _compared(n: int, size: int | None, dataset: str, reference: str) -> Dataset
 
 def _options(dataset: str, n: int, size: int | None) -> dict:
     """Options of `data.load` for n pictures that training has not seen, where a data set has some; letters have one size."""
-    if dataset.startswith("glyphs"):
+    if data.kind(dataset) == "glyphs":
         return {"split": "test", "n": n}
     return {"split": "test", "n": n, "size": size} if dataset == "faces" else {"size": size}
 

@@ -8,6 +8,7 @@ import torch_fidelity
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from ..checkpoints import folders
+from ..data import kind
 from ..models.classifier import FEATURES, FaceClassifier, GlyphClassifier
 
 
@@ -17,7 +18,7 @@ class Judge:
 
     Attributes:
         name: of what it reads; its Fréchet distance is called FD-`name`, never FID.
-        data: the data sets that it reads, by the beginning of their names.
+        data: the kind of data set that it reads (`data.kind`).
         accuracy: name of the score that says how often it reads what was asked.
         asset: its bundled checkpoint.
     """
@@ -61,7 +62,7 @@ GLYPHS, FACES = JUDGES
 
 def of(dataset: str) -> Judge | None:
     """The judge of a data set's pictures by its name; None for data sets that are scored with Inception."""
-    return next((judge for judge in JUDGES if dataset.startswith(judge.data)), None)
+    return next((judge for judge in JUDGES if kind(dataset) == judge.data), None)
 
 
 @functools.cache

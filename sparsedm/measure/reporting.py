@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from ..masking import nm
-from ..masking.dense import Rule, default_rule
-from ..masking.layers import NEVER_CALLED, WEIGHTED, NMConv2d, NMLinear, never_called, patterns, why_dense
+from ..masking.dense import Rule, default_rule, why_dense
+from ..masking.layers import NEVER_CALLED, never_called, patterns
+from ..masking.plain import WEIGHTED
+from ..masking.srste import NMConv2d, NMLinear
 from ..packing.packed import is_packed
 from . import macs as macs_module
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..masking.layers import NEVER_CALLED, TRANSPOSED, WEIGHTED, densify, is_sparse, weight_layers
+from ..masking.layers import NEVER_CALLED, densify, is_sparse
+from ..masking.plain import TRANSPOSED, WEIGHTED, weight_layers
 from .denoisers import each, example_inputs
 
 

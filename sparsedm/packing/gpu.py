@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
-from ..masking import layers, nm
+from ..masking import nm
 from ..masking.nm import NMPattern
+from ..masking.plain import with_weights
 from .base import PackedLayer
 
 
@@ -56,7 +57,7 @@ class SemiStructuredLayer(PackedLayer):
         outputs, inputs = self.weight_shape[:2]
         bias = self.bias is not None
         plain = nn.Conv2d(inputs, outputs, 1, bias=bias) if len(self.weight_shape) == 4 else nn.Linear(inputs, outputs, bias)
-        return layers.with_weights(plain, self.dense_weight(), self.bias)
+        return with_weights(plain, self.dense_weight(), self.bias)
 
     def __deepcopy__(self, memo: dict) -> "SemiStructuredLayer":
         return type(self)(self.plain(), self.pattern)  # compressed tensors cannot be copied

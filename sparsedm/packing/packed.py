@@ -14,6 +14,7 @@ from torch import nn
 
 from ..masking import layers, nm
 from ..masking.nm import NMPattern
+from ..masking.plain import save_as, save_as_is, with_weights
 from ..models import dryrun
 from ..models.denoisers import Inputs, each, example_inputs
 from . import gpu, kernels, tensors, tuning
@@ -84,7 +85,7 @@ class PackedLinear(_CPULayer):
 
     def plain(self) -> nn.Linear:
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None)
-        return layers.with_weights(plain, self.dense_weight(), self.bias)
+        return with_weights(plain, self.dense_weight(), self.bias)
 
 
 class PackedConv2d(_CPULayer):
@@ -103,7 +104,7 @@ class PackedConv2d(_CPULayer):
     def plain(self) -> nn.Conv2d:
         outputs, inputs = self.weight_shape[:2]
         conv = nn.Conv2d(inputs, outputs, self.kernel_size, self.stride, self.padding, bias=self.bias is not None)
-        return layers.with_weights(conv, self.dense_weight(), self.bias)
+        return with_weights(conv, self.dense_weight(), self.bias)
 
 
 def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: Inputs | None = None) -> nn.Module:
@@ -148,7 +149,7 @@ def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: Inp
     for name, layer in packed.items():
         _replace(model, name, layer)
     if packed:
-        layers.save_as(model, unpack)
+        save_as(model, unpack)
     return model
 
 
@@ -265,7 +266,7 @@ def unpack(model: nn.Module) -> nn.Module:
     for name, module in packed:
         _replace(model, name, module.plain())
     if packed:
-        layers.save_as_is(model)
+        save_as_is(model)
     return model
 
 

@@ -26,7 +26,7 @@ class Times:
         return f"{self.packed * 1e3:.2f} ms, dense {self.dense * 1e3:.2f} ms"
 
 
-_known: dict[str, Times] = {}
+known: dict[str, Times] = {}  # by what the times depend on; read from the file once
 _lock = threading.Lock()
 
 
@@ -34,12 +34,12 @@ def times(key: tuple, variants: Callable[[], Mapping[str, Callable[[], object]]]
     """Times of `variants()` ("dense" and "packed"), unless known for this `key`, number of threads, torch and kernels."""
     name = json.dumps([torch.__version__, torch.get_num_threads(), *map(str, key)])
     with _lock:
-        if name not in _known:
-            _known.update(_read())
-        if name not in _known:
-            _known[name] = _measure(variants(), rounds)
+        if name not in known:
+            known.update(_read())
+        if name not in known:
+            known[name] = _measure(variants(), rounds)
             _write()
-        return _known[name]
+        return known[name]
 
 
 def _measure(variants: Mapping[str, Callable[[], object]], rounds: int) -> Times:
@@ -66,4 +66,4 @@ def _read() -> dict[str, Times]:
 
 def _write() -> None:
     with contextlib.suppress(OSError), replacing(path()) as temporary:  # a cache folder that is read-only: measured each time
-        temporary.write_text(json.dumps({name: asdict(row) for name, row in {**_read(), **_known}.items()}, indent=1))
+        temporary.write_text(json.dumps({name: asdict(row) for name, row in {**_read(), **known}.items()}, indent=1))

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..masking import layers, nm
 from ..masking.dense import default_rule
+from ..masking.plain import weight_layers
 from ..support import fields
 from ..support.fields import Count, NonNegative, Range, Seed, Share
 from ..support.files import replacing
@@ -118,7 +119,7 @@ class Training:
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.ema = EMAModel(model.parameters(), decay=config.ema_decay, foreach=True)
-        self.optimizers = _make_optimizers(model, config)
+        self.optimizers = make_optimizers(model, config)
         self.lr_schedulers = [
             get_scheduler(config.lr_schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
             for optimizer in self.optimizers
@@ -222,11 +223,12 @@ def _like(parameter: torch.Tensor, value: torch.Tensor, name: str) -> torch.Tens
     return torch.empty_like(parameter, device="cpu", requires_grad=False).copy_(value)
 
 
-def _make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters, or Muon for the linear layers that `masking.dense` lets be sparse and AdamW for the rest."""
     hidden = {}
     if config.optimizer == "muon":
         excluded = default_rule(model)
-        linears = [(n, m) for n, m in layers.weight_layers(model) if isinstance(m, nn.Linear)]
+        linears = [(n, m) for n, m in weight_layers(model) if isinstance(m, nn.Linear)]
         hidden = {id(m.weight): m.weight for n, m in linears if not excluded(n)}
     rest = [p for p in model.parameters() if id(p) not in hidden]
     adamw = torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
