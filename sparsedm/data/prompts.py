@@ -64,6 +64,7 @@ def _phrases(part: str) -> list[str]:
 def _unknown(word: str, words: list[str]) -> str:
     known = list(_PHRASES)
     inside = [phrase for phrase in known if word in phrase.split()]
+    word = " ".join(words) if inside else word  # an adjective: its noun is the mistake
     close = inside or difflib.get_close_matches(" ".join(words), known) or difflib.get_close_matches(word, known, cutoff=0.5)
     hint = f"near it: {', '.join(dict.fromkeys(map(_PHRASES.get, close)))}" if close else f"try {EXAMPLE!r}"
     return f"{word!r} is not among the words for faces; {hint}"
