@@ -45,7 +45,7 @@ _VALUES = tuple(map(len, faces.ATTRIBUTES.values()))
 _READERS = {
     "glyph-classifier": _Reader(GlyphClassifier, "glyphs", lambda d, i: torch.tensor(d[i][1]), 3000, "16x16 glyphs"),
     "face-classifier": _Reader(
-        lambda: FaceClassifier(values=_VALUES), "faces", lambda d, i: faces.row(d.face(i)), 2000, "the attributes of faces"
+        lambda: FaceClassifier(options=_VALUES), "faces", lambda d, i: faces.row(d.face(i)), 2000, "the attributes of faces"
     ),
 }
 assert tuple(_READERS) == CLASSIFIERS

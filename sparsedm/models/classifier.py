@@ -63,21 +63,21 @@ class FaceClassifier(_Classifier):
 
     Args:
         width: channels of the first convolutions.
-        values: how many values each attribute has.
+        options: how many values each attribute has.
     """
 
     channels, size = 3, 32
 
     @register_to_config
-    def __init__(self, width: int = 32, values: Sequence[int] = (2,)):
+    def __init__(self, width: int = 32, options: Sequence[int] = (2,)):
         super().__init__()
-        self._build((width, width, 2 * width, 2 * width, 4 * width, 4 * width), sum(values))
+        self._build((width, width, 2 * width, 2 * width, 4 * width, 4 * width), sum(options))
 
     def loss(self, images: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:
         """Cross entropy, summed over the attributes [B, attributes], mean over the pictures; -1 is an attribute not shown."""
-        pairs = zip(self(images).split(list(self.config.values), 1), attributes.unbind(1))
+        pairs = zip(self(images).split(list(self.config.options), 1), attributes.unbind(1))
         return sum(F.cross_entropy(logits, values, ignore_index=-1) for logits, values in pairs)
 
     def read(self, images: torch.Tensor) -> torch.Tensor:
         """The most likely value of each attribute, [B, attributes]."""
-        return torch.stack([logits.argmax(1) for logits in self(images).split(list(self.config.values), 1)], 1)
+        return torch.stack([logits.argmax(1) for logits in self(images).split(list(self.config.options), 1)], 1)
