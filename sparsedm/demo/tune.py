@@ -58,7 +58,7 @@ def check(catalogue: Catalogue, base, pattern, decay, weight, steps, word) -> to
     checks.within("decay", decay, 0, 0.01)
     checks.within("teacher's weight", weight, 0, 1)
     checks.within("number of steps", steps, EVERY, MAX_STEPS, whole=True)
-    return race.check(catalogue, word, base, base, 0, SAMPLING_STEPS, "ddim", 0).labels
+    return race.check(catalogue, word, base, base, 0, SAMPLING_STEPS, "ddim", 0).asked.labels
 
 
 def tune(catalogue: Catalogue, session: str, base, pattern, decay, weight, steps, word) -> Iterator[tuple]:
