@@ -15,11 +15,13 @@ from PIL import Image
 
 import sparsedm
 from sparsedm import data, plots
+from sparsedm.data import faces, prompts
 from sparsedm.demo import compare, explore, models, race, scatter, speedtest, tradeoff, tune, turns, words
 from sparsedm.experiments import results
 from sparsedm.masking import layers, nm
 from sparsedm.masking.nm import NMPattern
-from sparsedm.measure import macs, speed
+from sparsedm.measure import judges, macs, speed
+from sparsedm.models.uvit import UViTModel
 from sparsedm.packing import packed
 
 ORDER = dict(text="A7", left="glyphs-unet", right="glyphs-unet-2x4", seed=0, steps=3, sampler="ddim", guidance=0, kind="word")
@@ -52,7 +54,7 @@ def lane(seconds=(0.01,) * 6, pattern="", **counts) -> race.Lane:
 
 def test_a_good_order_is_normalised(order):
     found = order(text=" a7 ", steps=3.0, guidance=1)
-    assert found.labels.tolist() == data.word_labels("A7").tolist()
+    assert found.asked.labels.tolist() == data.word_labels("A7").tolist()
     assert (found.steps, found.guidance) == (3, 1.0) and isinstance(found.steps, int)
 
 
@@ -116,7 +118,7 @@ def test_classes_by_number_and_no_classes(catalogue, order):
     spelled, numbered = (list(race.race(order(**changes)))[-1] for changes in ({}, {"kind": "classes", "text": "10, 7"}))
     assert torch.equal(spelled[0].images, numbered[0].images)
     free = order(kind="anything", text="")
-    assert free.labels is None and not free.spelled
+    assert free.asked.labels is None and free.asked.judge is None
     page = list(compare.compare(catalogue, **{**ORDER, "kind": "anything"}))[-1]
     assert "classifier" not in page[4] + page[-1] and "SSIM" in page[-1]
 
@@ -126,6 +128,50 @@ def test_a_folder_of_ones_own(catalogue):
     *_, page = compare.compare(catalogue, **order)
     assert page[0] == "<h2>mine</h2>" and Image.open(page[2]).size == (1200, 280)
     assert "needs **as many MACs**" in page[-1] and "SSIM between the two is **1.00**" in page[-1]
+
+
+@pytest.fixture(scope="module")
+def portraits(tmp_path_factory):
+    """A catalogue with somebody's small model of faces."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "portraits"
+    size = {"sample_size": 32, "in_channels": 3, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    sparsedm.save(UViTModel(**size, context_dim=faces.DIM, context_tokens=faces.TOKENS), folder)
+    return models.Catalogue([folder])
+
+
+FACES = {**ORDER, "left": "portraits", "right": "portraits", "text": "red hair, cap, no beard"}
+
+
+def test_faces_are_drawn_from_words_and_read(portraits, monkeypatch):
+    def read(judge, images):  # red hair in four of the six, no cap, no beard
+        shown = torch.zeros(len(images), len(faces.ATTRIBUTES), dtype=torch.long)
+        shown[:4, 2] = faces.ATTRIBUTES["hair colour"].index("red hair")
+        return shown
+
+    monkeypatch.setattr(judges.Judge, "read", read)
+    page = list(compare.compare(portraits, **FACES))[-1]
+    assert "10 of 18 asked attributes; missed: red hair (2), cap (6)" in page[4]
+    assert "**10 of 18** asked attributes right on the left" in page[-1]
+    given = race.check(portraits, **FACES).asked
+    assert faces.read_tokens(given.conditioning["encoder_hidden_states"][0]) == prompts.parse(FACES["text"])
+    assert faces.read_tokens(given.negative["encoder_hidden_states"][0]) == {} and given.n == race.FACES
+    for changes in ({"text": ""}, {"kind": "anything"}):  # everything is left open: nothing to read
+        assert race.check(portraits, **{**FACES, **changes}).asked.judge is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": "SPARSE"}, "'sparse' is not among the words for faces"),
+        ({"text": "mohawk, cap"}, "no face has 'mohawk' together with 'cap'"),
+        ({"kind": "classes", "text": "3"}, "portraits has no classes: ask for anything"),
+        ({"right": "glyphs-unet"}, "draw different things"),
+    ],
+)
+def test_a_bad_order_of_faces_is_named_with_its_remedy(portraits, changes, message):
+    with pytest.raises(gr.Error, match=f"(?i){message}"):
+        list(compare.compare(portraits, **{**FACES, **changes}))
 
 
 def test_two_folders_of_one_name_are_refused(own, tmp_path):

@@ -284,6 +284,43 @@ def without_statistics(norm, x, *args):
 
 
 @torch.no_grad()
+def text_unet() -> nn.Module:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=data.faces.DIM, attention_head_dim=2,
+    ).eval()  # fmt: skip
+
+
+def test_a_gate_goes_with_its_value():
+    """The first layer of a text UNet's MLPs gives values, then as many gates (GEGLU)."""
+    model, kept = text_unet(), []
+    for group in structure.groups(model, dryrun.example_inputs(model)):
+        if group.name.endswith("ff.net.0.proj"):
+            first, units = model.get_submodule(group.name), torch.arange(group.channels)
+            assert group.channels == first.out_features // 2
+            with torch.no_grad():
+                first.weight[units[::2]], first.bias[units[::2]] = 0, 0  # the values of every second unit
+            kept.append((group, units[1::2]))
+    assert kept
+    before, narrow = call(model), structure.apply(model, structure.record(model, kept))
+    torch.testing.assert_close(call(narrow), before)
+
+
+def test_a_text_unet_is_scored_with_its_texts_pruned_and_reloaded(tmp_path):
+    model, faces = text_unet(), data.load("faces", n=4, size=16)
+    images, texts = data.stack(faces)
+    for _, state in zip(range(2), diffpruning.importance(model, images, texts, threshold=0)):
+        assert state.used
+    with pytest.raises(ValueError, match="needs encoder_hidden_states; give a dict"):
+        next(diffpruning.importance(model, images, torch.zeros(4)))
+    narrow = diffpruning.prune(model, 0.5, round_to=4)
+    assert macs.count(narrow).dense < 0.5 * macs.count(model).dense
+    folders.save(narrow, tmp_path / "narrow")
+    assert torch.equal(call(folders.load(tmp_path / "narrow")), call(narrow))
+
+
 def test_what_reads_a_removed_channel_loses_its_weights_across_skips_and_attention(monkeypatch):
     """A UNet whose doomed channels are zero wherever they are made gives what the pruned one gives."""
     model = folders.load("glyphs-unet").double()

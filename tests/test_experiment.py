@@ -17,7 +17,7 @@ from sparsedm import data
 from sparsedm.checkpoints import folders
 from sparsedm.experiments import beginning, experiment, plan, recipes
 from sparsedm.masking import layers
-from sparsedm.measure import evaluation, metrics
+from sparsedm.measure import evaluation, judges, metrics
 from sparsedm.models.uvit import UViTModel
 from sparsedm.pruning import structure
 from sparsedm.support import processes
@@ -46,7 +46,7 @@ def tiny_recipes(monkeypatch, tmp_path):
 
 
 def test_teacher_and_student_end_to_end(tiny_recipes, monkeypatch):
-    monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
+    monkeypatch.setattr(judges, "classifier_of", _untrained_classifier)
     list(experiment.reproduce("teacher", tiny_recipes, PROTOCOL))
     stages = [state.stage for state in experiment.reproduce("student", tiny_recipes, PROTOCOL, bundle=True)]
     assert stages[0] == "train" and stages[-1] == "done" and "sample the base" not in stages
@@ -153,7 +153,7 @@ def until_sampled(name, out):
             return
 
 
-def _untrained_classifier():
+def _untrained_classifier(asset):
     from sparsedm.models.classifier import GlyphClassifier
 
     torch.manual_seed(0)
@@ -161,7 +161,7 @@ def _untrained_classifier():
 
 
 def test_interrupted_training_and_sampling_go_on(tiny_recipes, monkeypatch):
-    monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
+    monkeypatch.setattr(judges, "classifier_of", _untrained_classifier)
     monkeypatch.setattr(experiment, "RunLog", functools.partial(runlog.RunLog, every=1))
     whole, broken = tiny_recipes / "whole", tiny_recipes / "broken"
     list(experiment.reproduce("teacher", whole, PROTOCOL))
@@ -181,7 +181,7 @@ def test_interrupted_training_and_sampling_go_on(tiny_recipes, monkeypatch):
 
 
 def test_watched_run_has_a_curve_that_ends_with_its_score(tiny_recipes, monkeypatch):
-    monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
+    monkeypatch.setattr(judges, "classifier_of", _untrained_classifier)
     watched = recipes.Recipe("headline", "Tiny", "watched", "teacher", pattern="2:4", train=TRAIN, watch=(0, 2, 4))
     monkeypatch.setitem(recipes.RECIPES, "watched", watched)
     list(experiment.reproduce("teacher", tiny_recipes, PROTOCOL))
@@ -212,7 +212,7 @@ def test_real_pictures_have_the_size_of_those_that_are_scored(tmp_path, monkeypa
 
 
 def test_seeds_have_their_own_runs_and_noise(tiny_recipes, monkeypatch):
-    monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
+    monkeypatch.setattr(judges, "classifier_of", _untrained_classifier)
     for seed in (0, 1):
         list(experiment.reproduce("teacher", tiny_recipes, PROTOCOL, seed=seed))
     first, second = (json.loads((tiny_recipes / run / "results.json").read_text()) for run in ("teacher", "teacher-seed1"))
@@ -221,7 +221,7 @@ def test_seeds_have_their_own_runs_and_noise(tiny_recipes, monkeypatch):
 
 
 def test_results_name_the_commit_that_the_run_began_with(tiny_recipes, monkeypatch):
-    monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
+    monkeypatch.setattr(judges, "classifier_of", _untrained_classifier)
     states = experiment.reproduce("teacher", tiny_recipes, PROTOCOL)
     monkeypatch.setattr(plan, "code_version", lambda: "abc1234")
     next(states)
@@ -258,7 +258,7 @@ def test_a_recipe_that_another_process_carries_out_is_refused(tiny_recipes, tmp_
 
 
 def test_results_are_those_of_the_models_that_are_there(tiny_recipes, monkeypatch):
-    monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
+    monkeypatch.setattr(judges, "classifier_of", _untrained_classifier)
     for name in ("teacher", "student"):
         list(experiment.reproduce(name, tiny_recipes, PROTOCOL))
     path = tiny_recipes / "student" / "results.json"
@@ -290,7 +290,7 @@ def test_results_are_those_of_the_models_that_are_there(tiny_recipes, monkeypatc
 
 
 def test_results_are_those_of_the_reference_pictures_that_are_there(tiny_recipes, monkeypatch, tmp_path):
-    monkeypatch.setattr(metrics, "glyph_classifier", _untrained_classifier)
+    monkeypatch.setattr(judges, "classifier_of", _untrained_classifier)
     picture = tmp_path / "real" / "a.png"
     picture.parent.mkdir()
     Image.new("RGB", (16, 16)).save(picture)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from sparsedm import cli, data
 from sparsedm.checkpoints import folders
 from sparsedm.experiments import experiment
-from sparsedm.measure import evaluation, metrics
+from sparsedm.measure import evaluation, judges, metrics
 
 HALF = 2048
 
@@ -87,7 +87,7 @@ def test_fd_equals_its_formula_on_the_classifiers_features(scores, glyphs):
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the trace of the root from the eigenvalues."""
     pixels = data.to_float(data.to_uint8(glyphs[0]))
     with torch.no_grad():
-        features = torch.cat([metrics.glyph_classifier().features(x) for x in pixels.split(512)]).double().numpy()
+        features = torch.cat([judges.classifier_of("glyph-classifier").features(x) for x in pixels.split(512)]).double().numpy()
     a, b = features[HALF:], features[:HALF]
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()
@@ -217,5 +217,7 @@ def test_too_few_pictures_to_read_say_how_many_it_needs():
 def test_classifier_reads_larger_and_coloured_pictures(glyphs):
     images, labels = glyphs[0][:72], glyphs[1][:72]
     larger, coloured = images.repeat_interleave(2, -1).repeat_interleave(2, -2), images.expand(-1, 3, -1, -1)
-    assert torch.equal(metrics.read(larger), metrics.read(images)) and torch.equal(metrics.read(coloured), metrics.read(images))
+    assert torch.equal(judges.GLYPHS.read(larger), judges.GLYPHS.read(images)) and torch.equal(
+        judges.GLYPHS.read(coloured), judges.GLYPHS.read(images)
+    )
     assert metrics.readability(larger, labels) > 0.98

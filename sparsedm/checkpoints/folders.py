@@ -1,6 +1,7 @@
 """Model folders: config.json and safetensors, plain or packed, and the checkpoints that ship with the package."""
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,6 +27,7 @@ INDEX, SHARDS = f"{WEIGHTS}.index.json", "diffusion_pytorch_model-*.safetensors"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of saved weights
 LOST = 0.01  # of the size of a tensor; a float16 or bfloat16 of normal size loses 0.0015 at most
+TEXT, MOST_TEXT = "context_tokens", 10_000  # the number of text tokens, which UNet2DConditionModel's own config does not tell
 
 
 def bundled() -> tuple[str, ...]:
@@ -50,6 +52,7 @@ def load(name_or_folder: str | Path) -> ModelMixin:
     config = read_json(folder / CONFIG)
     schedule, pruning = config.pop("noise_schedule", None), config.pop("pruning", None)
     cls, path = _class_of(config, folder), weights_of(folder)
+    text = _pop_text(config, cls, folder)
     weights = _read_weights(path)
     try:
         model = skeleton.model_of(cls, config, pruning, weights)
@@ -61,6 +64,7 @@ def load(name_or_folder: str | Path) -> ModelMixin:
         skeleton.fill(model, weights)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; fetch or save it again") from error
+    model.register_to_config(**text)
     _take_schedule(model, schedule, folder)
     return model.eval()
 
@@ -204,6 +208,16 @@ def _class_of(config: Mapping, folder: Path) -> type[ModelMixin]:
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
         raise ValueError(f"{folder / CONFIG} names the class {name!r}, which is neither this package's nor a diffusers model")
     return cls
+
+
+def _pop_text(config: dict, cls: type[ModelMixin], folder: Path) -> dict[str, int]:
+    """The number of text tokens, taken out of a config whose class does not know it; {} if the config does not tell."""
+    if TEXT in inspect.signature(cls.__init__).parameters or TEXT not in config:
+        return {}
+    tokens = config.pop(TEXT)
+    if type(tokens) is not int or not 1 <= tokens <= MOST_TEXT:
+        raise ValueError(f"{folder / CONFIG}: {TEXT} is {str(tokens)[:60]!r}, no number from 1 to {MOST_TEXT}")
+    return {TEXT: tokens}
 
 
 def _read_weights(path: Path) -> statedict.State:

@@ -148,7 +148,7 @@ def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, (dict, list, tuple)):
-            yield from _tensors(value.values() if isinstance(value, dict) else value)
+            yield from _tensors(dict.values(value) if isinstance(value, dict) else value)  # a config may have an entry "values"
 
 
 def misfits(model: nn.Module, weights: State) -> str:

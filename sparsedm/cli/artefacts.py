@@ -47,6 +47,7 @@ def generate(
     out: Annotated[Path, typer.Argument(help="The picture file to write.")],
     n: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 16,
     word: Annotated[str, typer.Option(help="For letter models: a word to spell.")] = "",
+    prompt: Annotated[str, typer.Option(help="For models of faces: what to draw, such as 'red curly hair, big smile'.")] = "",
     label: Annotated[int | None, typer.Option(help="For models with classes: the class of all pictures.")] = None,
     sampler: Sampler = "ddim",
     steps: SampleSteps = 50,
@@ -73,10 +74,13 @@ def generate(
     decoder = latents.autoencoder(vae).to(loaded.device) if vae else None
     labels = drawing.labels(loaded, n, word, label)
     n, options = n if labels is None else len(labels), {"sampler": sampler, "steps": steps, "guidance": guidance}
-    diffusion.prepare(loaded, class_labels=labels, **options)  # packing takes long, so bad options are refused before
+    conditions, nothing = drawing.conditions(loaded, n, prompt), drawing.conditions(loaded, n)
+    diffusion.prepare(
+        loaded, class_labels=labels, conditioning=conditions, negative=nothing, **options
+    )  # packing takes long, so bad options are refused before
     if pack and layers.patterns(loaded):
         packed.pack(loaded)
-    states = drawing.draw(loaded, n, labels, batch_size=batch_size, seed=seed, vae=decoder, **options)
+    states = drawing.draw(loaded, n, labels, conditions, nothing, batch_size=batch_size, seed=seed, vae=decoder, **options)
     drawn = show("", states, json, "nothing is written")
     if drawn is None:
         return
@@ -129,7 +133,7 @@ def evaluate(
             others = show("base", compared, json)
     if not processes.is_main():
         return
-    scores = evaluation.score(images, evaluation.labels(loaded, n), data, others, inception, reference)
+    scores = evaluation.score(images, evaluation.asked(loaded, data, n), data, others, inception, reference)
     files.write_json(out / "scores.json", scores)
     outcome(scores, json, "\n".join(f"{name:14} {value:.4g}" for name, value in scores.items()))
 

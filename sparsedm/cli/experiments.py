@@ -43,7 +43,7 @@ def reproduce(
 
     if name == "list":
         titles = {recipe: f"{known.suite}: {known.title}" for recipe, known in recipes.RECIPES.items()}
-        titles = {recipes.CLASSIFIER: "scores the letters", **titles}
+        titles = dict(zip(recipes.CLASSIFIERS, ("scores the letters", "scores the faces"))) | titles
         outcome(titles, json, "\n".join(f"{recipe:36} {title}" for recipe, title in titles.items()))
         return
     if bool(name) == all:

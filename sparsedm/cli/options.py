@@ -16,7 +16,9 @@ class Stopped(Exception):
 
 
 Model = Annotated[str, typer.Argument(help="A bundled model's name or a model folder.")]
-Data = Annotated[str, typer.Option(help="glyphs, glyphs-rgb, digits, cifar10, celeba, lsun-..., folder:PATH or latents:PATH.")]
+Data = Annotated[
+    str, typer.Option(help="glyphs, glyphs-rgb, faces, digits, cifar10, celeba, lsun-..., folder:PATH or latents:PATH.")
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Another training setting, such as lr=1e-4 or optimizer=muon; may be repeated.")
 ]

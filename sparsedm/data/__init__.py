@@ -1,6 +1,7 @@
 """Data sets, all under one short name each: `load("glyphs")`, `load("digits")`, `load("folder:PATH")`, `load("cifar10")` ...
 
-Every set yields `(image, label)`: a float tensor [C, H, W] in [-1, 1] and an int. Item i depends on nothing but the set's
+Every set yields `(image, label)`: a float tensor [C, H, W] in [-1, 1] and an int, or a dict of the arguments that condition
+a model. Item i depends on nothing but the set's
 arguments and i, so runs repeat with any number of workers. Random flips, the papers' only augmentation, belong to the
 training step (`sparsedm.train(flip=True)`).
 """
@@ -12,16 +13,18 @@ from torch.utils.data import Dataset
 from . import torchvision_sets
 from .base import StepSampler, stack, to_float, to_uint8
 from .digits import Digits
+from .faces import Faces
 from .glyphs import GLYPHS, Glyphs, word_labels
 from .latents import Latents
 from .pictures import IMAGE_SUFFIXES, ImageFolder
 
 __all__ = [
-    "GLYPHS", "IMAGE_SUFFIXES", "NAMES", "Digits", "Glyphs", "ImageFolder", "Latents", "StepSampler", "kind", "load", "stack",
+    "GLYPHS", "IMAGE_SUFFIXES", "NAMES", "Digits", "Faces", "Glyphs", "ImageFolder", "Latents", "StepSampler", "kind", "load",
+    "stack",
     "to_float", "to_uint8", "word_labels",
 ]  # fmt: skip
 
-NAMES = ("glyphs", "glyphs-rgb", "digits", *torchvision_sets.NAMES, "folder:PATH", "latents:PATH")
+NAMES = ("glyphs", "glyphs-rgb", "faces", "digits", *torchvision_sets.NAMES, "folder:PATH", "latents:PATH")
 
 
 def kind(name: str) -> str:
@@ -44,8 +47,8 @@ def load(
     Args:
         split: "train" or "test" (ignored by folder:PATH and latents:PATH, which are one set).
         size: height and width in pixels; each set has its own default.
-        n: number of glyphs; other sets ignore this argument.
-        seed: of the glyphs; other sets ignore this argument.
+        n: number of glyphs or faces; other sets ignore this argument.
+        seed: of the glyphs or faces; other sets ignore this argument.
         root: the folder of torchvision's sets.
         download: whether torchvision's sets may be fetched; nothing is downloaded otherwise.
 
@@ -57,6 +60,8 @@ def load(
         return name
     if kind(name) == "glyphs":
         return Glyphs(40_000 if n is None else n, size or 16, seed, split, rgb=name == "glyphs-rgb")
+    if name == "faces":
+        return Faces(40_000 if n is None else n, size or 32, seed, split)
     if name == "digits":
         return Digits(split)
     if kind(name) == "folder":

@@ -1,7 +1,7 @@
 """Pixel values, splits and batches, for all data sets."""
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ..support import seeds
 
@@ -24,13 +24,13 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def stack(dataset: Dataset, n: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first n items as tensors: images [n, C, H, W] in [-1, 1] and labels [n]."""
+def stack(dataset: Dataset, n: int | None = None) -> tuple[torch.Tensor, torch.Tensor | dict[str, torch.Tensor]]:
+    """The first n items as tensors: images [n, C, H, W] in [-1, 1], and labels [n] or a dict of conditions [n, ...]."""
     n = len(dataset) if n is None else n
     if n > len(dataset):
         raise ValueError(f"asked for {n} items, the data set has {len(dataset)}")
-    items = [dataset[i] for i in range(n)]
-    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+    images, labels = default_collate([dataset[i] for i in range(n)])
+    return images, labels
 
 
 class StepSampler:

@@ -4,16 +4,18 @@ import functools
 import html
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import gradio as gr
 import torch
 
 from .. import data, diffusion, plots
-from ..measure import metrics
+from ..data import faces
+from ..measure import judges, metrics
 from ..support import latency
 from . import race, turns
 from .models import Catalogue, Variant
-from .race import Lane, Order
+from .race import Asked, Lane, Order
 from .words import about, said, saved, si
 
 EXAMPLES = (
@@ -32,7 +34,7 @@ def _counts(needed: float, executed: float) -> str:
 def figures(lane: Lane, order: Order) -> str:
     """The table under a picture, as HTML; the bar is full when the side with more multiplications is done."""
     variant, counts, timing = lane.variant, lane.variant.macs, latency.Timing(lane.seconds)
-    calls = order.n * counts.calls(len(lane.seconds), order.guidance)
+    calls = order.asked.n * counts.calls(len(lane.seconds), order.guidance)
     most = max(order.left.macs.executed, order.right.macs.executed)
     share = len(lane.seconds) / order.steps / most * 100
     low, high = timing.spread
@@ -47,16 +49,48 @@ def figures(lane: Lane, order: Order) -> str:
         "Weights in memory": f"{si(variant.bytes)}B",
         "Layers": html.escape(variant.kernels),
     }
-    if order.spelled:
-        read, right = reading(lane.images, order.labels)
-        rows["A classifier reads"] = f"<kbd>{read}</kbd> {right} of {len(read)} right"
+    if order.asked.judge:
+        rows["A classifier reads"] = _reading_words(reading(lane.images, order.asked))
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items()) + "</dl>"
 
 
-def reading(images: torch.Tensor, labels: torch.Tensor) -> tuple[str, int]:
-    """The characters that the classifier reads, and how many of them are right."""
-    classes = metrics.read(images)
-    return "".join(data.GLYPHS[c] for c in classes), int((classes == labels).sum())
+@dataclass(frozen=True)
+class Reading:
+    """What the classifier reads in some pictures.
+
+    Attributes:
+        right: how many characters, or asked attributes, are right.
+        of: how many there are.
+        text: the characters; "" for faces.
+        missed: the asked attributes that are not there, in words, each with the number of faces.
+    """
+
+    right: int
+    of: int
+    text: str = ""
+    missed: tuple[str, ...] = ()
+
+    @property
+    def what(self) -> str:
+        return "characters" if self.text else "asked attributes"
+
+
+def reading(images: torch.Tensor, asked: Asked) -> Reading:
+    """What the classifier reads in the pictures that were asked for."""
+    read, expected = asked.judge.read(images), asked.expected
+    right, of = int((read == expected)[expected >= 0].sum()), int((expected >= 0).sum())
+    if asked.judge is judges.GLYPHS:
+        return Reading(right, of, "".join(data.GLYPHS[c] for c in read))
+    wrong = ((read != expected) & (expected >= 0)).sum(0).tolist()
+    words = (values[value] for values, value in zip(faces.ATTRIBUTES.values(), expected[0].tolist()))
+    return Reading(right, of, missed=tuple(f"{word} ({count})" for word, count in zip(words, wrong) if count))
+
+
+def _reading_words(found: Reading) -> str:
+    if found.text:
+        return f"<kbd>{found.text}</kbd> {found.right} of {found.of} right"
+    missed = f"; missed: {', '.join(found.missed)}" if found.missed else ""
+    return f"{found.right} of {found.of} asked attributes{missed}"
 
 
 def work_words(left: Variant, right: Variant) -> str:
@@ -88,12 +122,11 @@ def time_words(left: Lane, right: Lane) -> str:
 def verdict(left: Lane, right: Lane, order: Order) -> str:
     """The outcome in two or three sentences (Markdown)."""
     text = f"{work_words(left.variant, right.variant)}. {time_words(left, right)}. "
-    if order.spelled:
-        counts = [reading(lane.images, order.labels)[1] for lane in (left, right)]
+    if order.asked.judge:
+        a, b = (reading(lane.images, order.asked) for lane in (left, right))
         text += (
-            f"The classifier reads **{counts[0]} of {order.n}** characters right on the left and **{counts[1]} of {order.n}** "
+            f"The classifier reads **{a.right} of {a.of}** {a.what} right on the left and **{b.right} of {b.of}** on the right; "
         )
-        text += "on the right; "
     return f"{text}SSIM between the two is **{_similarity(left, right):.2f}**."
 
 
@@ -122,7 +155,8 @@ def _title(variant: Variant) -> str:
 def compare(catalogue: Catalogue, text, left, right, seed, steps, sampler, guidance, kind="word") -> Iterator[tuple]:
     """Draw the same with two models from the same noise, step by step in turn; the last of the streamed results is complete.
 
-    `text` is a word, or class numbers, by `kind` ("word", "classes", "anything"); left and right are models' names.
+    `text` is a word, or what faces show, or class numbers, by `kind` ("word", "classes", "anything"); left and right are models'
+    names.
     """
     try:
         yield from turns.short(_pages(catalogue, text, left, right, seed, steps, sampler, guidance, kind))
@@ -235,14 +269,15 @@ def offer_generate(catalogue: Catalogue, job: dict) -> None:
 def facts(lane: Lane, order: Order) -> dict:
     """The cost of one model's pictures, and how many the classifier reads right, as numbers."""
     numbers = {
-        "pictures": order.n,
+        "pictures": order.asked.n,
         "steps": order.steps,
         "ms_per_step": latency.Timing(lane.seconds).median * 1e3,
         "macs_per_picture_and_step": order.left.macs.sparse,
         "macs_executed": order.left.macs.executed,
     }
-    if order.spelled:
-        numbers["read"], numbers["right"] = reading(lane.images, order.labels)
+    if order.asked.judge:
+        found = reading(lane.images, order.asked)
+        numbers |= {"read": found.text, "right": found.right, "of": found.of}
     return numbers
 
 

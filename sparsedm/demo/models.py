@@ -14,7 +14,7 @@ from ..checkpoints import folders
 from ..experiments.recipes import RECIPES
 from ..masking import layers
 from ..masking.plain import WEIGHTED
-from ..measure import macs, sizes
+from ..measure import drawing, macs, sizes
 from ..models import denoisers, students
 from ..packing import packed
 from ..support import processes
@@ -87,6 +87,11 @@ class Variant:
     def spells(self) -> bool:
         """Whether the classes are the letters and digits."""
         return self.classes == len(data.GLYPHS) and self.shape == (1, 16, 16)
+
+    @property
+    def draws_faces(self) -> bool:
+        """Whether the model draws faces from words."""
+        return drawing.draws_faces(self.model)
 
 
 @dataclass

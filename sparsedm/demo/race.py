@@ -6,12 +6,38 @@ from dataclasses import dataclass
 import torch
 
 from .. import data, diffusion
+from ..data import faces, prompts
+from ..measure import drawing, judges
+from ..measure.judges import Judge
+from ..models.denoisers import Inputs
 from . import checks
 from .models import Catalogue, Variant
 
 KINDS = ("word", "classes", "anything")
 MAX_PICTURES, MAX_STEPS, MAX_SEED, MAX_GUIDANCE = 12, 200, 2**31 - 1, 2.0
 FREE = 8  # pictures without a word or classes
+FACES = 6  # pictures of one description
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What both models are to draw.
+
+    Attributes:
+        n: pictures.
+        labels: classes [n]; None to draw without classes.
+        conditioning: other arguments of the models [n, ...]; None for none.
+        negative: those of the unconditional half of guidance.
+        judge: the classifier that reads such pictures; None if there is none.
+        expected: what the classifier should read, as `Judge.share_read` takes it.
+    """
+
+    n: int
+    labels: torch.Tensor | None = None
+    conditioning: Inputs | None = None
+    negative: Inputs | None = None
+    judge: Judge | None = None
+    expected: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -21,9 +47,7 @@ class Order:
     Attributes:
         left: the model of the left side.
         right: the model of the right side.
-        n: pictures.
-        labels: classes [n]; None to draw without classes.
-        spelled: whether the pictures are letters, which the classifier can read.
+        asked: what both are to draw.
         seed: of the noise.
         steps: sampling steps.
         sampler: one of `diffusion.SAMPLERS`.
@@ -32,9 +56,7 @@ class Order:
 
     left: Variant
     right: Variant
-    n: int
-    labels: torch.Tensor | None
-    spelled: bool
+    asked: Asked
     seed: int
     steps: int
     sampler: str
@@ -67,35 +89,46 @@ def check(catalogue: Catalogue, text, left, right, seed, steps, sampler, guidanc
     checks.within("seed", seed, 0, MAX_SEED, whole=True)
     checks.within("number of steps", steps, 1, MAX_STEPS, whole=True)
     checks.within("guidance", guidance, 0, MAX_GUIDANCE)
-    if kind == "word":
-        _check_length(text)
     pair = catalogue.load(left), catalogue.load(right)
-    labels = _labels(kind, text, pair)
-    n = FREE if labels is None else len(labels)
-    return Order(*pair, n, labels, pair[0].spells and labels is not None, int(seed), int(steps), sampler, float(guidance))
+    _check_alike(*pair)
+    return Order(*pair, _asked(kind, text, pair[0]), int(seed), int(steps), sampler, float(guidance))
 
 
-def _check_length(word: str) -> None:
+def _check_alike(left: Variant, right: Variant) -> None:
+    if (left.shape, left.classes, left.draws_faces) != (right.shape, right.classes, right.draws_faces):
+        kinds = " and ".join(f"{'x'.join(map(str, side.shape))} ({side.classes} classes)" for side in (left, right))
+        raise ValueError(f"the two models draw different things, {kinds}: choose two of one kind")
+
+
+def _asked(kind: str, text: str, variant: Variant) -> Asked:
+    if variant.draws_faces and kind != "classes":
+        return _faces(text if kind == "word" else "", variant)
+    if kind == "anything":
+        return Asked(FREE)
+    if kind == "word":
+        if not variant.spells:
+            raise ValueError(f"{variant.title} does not draw letters: ask for classes, or for anything")
+        labels = _word_labels(text)
+    elif variant.classes:
+        labels = _class_labels(text, variant.classes)
+    else:
+        raise ValueError(f"{variant.title} has no classes: ask for anything")
+    judge = judges.GLYPHS if variant.spells else None
+    return Asked(len(labels), labels, judge=judge, expected=labels if judge else None)
+
+
+def _faces(text: str, variant: Variant) -> Asked:
+    face = prompts.parse(text)
+    given, nothing = (drawing.conditions(variant.model, FACES, words) for words in (text, ""))
+    readable = {"judge": judges.FACES, "expected": faces.row(face).expand(FACES, -1)} if face else {}
+    return Asked(FACES, conditioning=given, negative=nothing, **readable)
+
+
+def _word_labels(word: str) -> torch.Tensor:
     letters = len(word.strip().upper())
     if letters > MAX_PICTURES:
         raise ValueError(f"the word has {letters} letters: use at most {MAX_PICTURES}")
-    data.word_labels(word)
-
-
-def _labels(kind: str, text: str, pair: tuple[Variant, Variant]) -> torch.Tensor | None:
-    shapes = ["x".join(map(str, variant.shape)) for variant in pair]
-    if shapes[0] != shapes[1] or pair[0].classes != pair[1].classes:
-        kinds = " and ".join(f"{shape} ({variant.classes} classes)" for shape, variant in zip(shapes, pair, strict=True))
-        raise ValueError(f"the two models draw different things, {kinds}: choose two of one kind")
-    if kind == "anything":
-        return None
-    if kind == "word":
-        if not pair[0].spells:
-            raise ValueError(f"{pair[0].title} does not draw letters: ask for classes, or for anything")
-        return data.word_labels(text)
-    if not pair[0].classes:
-        raise ValueError(f"{pair[0].title} has no classes: ask for anything")
-    return _class_labels(text, pair[0].classes)
+    return data.word_labels(word)
 
 
 def _class_labels(text: str, classes: int) -> torch.Tensor:
@@ -111,7 +144,7 @@ def _class_labels(text: str, classes: int) -> torch.Tensor:
 def race(order: Order) -> Iterator[tuple[Lane, Lane]]:
     """Both models from the same noise, yielding (left, right) after every step of both; the first of the two alternates."""
     variants = order.left, order.right
-    noise = diffusion.start_noise(variants[0].model, order.n, order.seed)
+    noise = diffusion.start_noise(variants[0].model, order.asked.n, order.seed)
     for variant in variants:
         next(_sample(variant, noise, order))  # the first call is slower than the others
     runs = [_sample(variant, noise, order) for variant in variants]
@@ -127,7 +160,7 @@ def race(order: Order) -> Iterator[tuple[Lane, Lane]]:
 
 def alone(order: Order) -> Iterator[Lane]:
     """The order's left model by itself, after every step."""
-    noise, seconds = diffusion.start_noise(order.left.model, order.n, order.seed), []
+    noise, seconds = diffusion.start_noise(order.left.model, order.asked.n, order.seed), []
     for state in _sample(order.left, noise, order):
         seconds.append(state.seconds)
         yield Lane(order.left, state.sample.float().cpu(), tuple(seconds))
@@ -135,5 +168,6 @@ def alone(order: Order) -> Iterator[Lane]:
 
 def _sample(variant: Variant, noise: torch.Tensor, order: Order) -> Iterator[diffusion.SampleState]:
     generator = torch.Generator().manual_seed(order.seed)  # ddpm adds noise: the same on both sides
-    options = {"sampler": order.sampler, "steps": order.steps, "class_labels": order.labels, "guidance": order.guidance}
-    return diffusion.sample(variant.model, noise, **options, generator=generator)
+    options = {"sampler": order.sampler, "steps": order.steps, "guidance": order.guidance, "generator": generator}
+    asked = {"class_labels": order.asked.labels, "conditioning": order.asked.conditioning, "negative": order.asked.negative}
+    return diffusion.sample(variant.model, noise, **options, **asked)

@@ -16,7 +16,7 @@ from .. import diffusion, plots
 from ..checkpoints import folders
 from ..experiments.recipes import recipe
 from ..masking import layers
-from ..measure import macs, metrics
+from ..measure import judges, macs, metrics
 from ..models import students
 from ..training import distill
 from . import checks, race, turns
@@ -59,7 +59,7 @@ def check(catalogue: Catalogue, base, pattern, decay, weight, steps, word) -> to
     checks.within("decay", decay, 0, 0.01)
     checks.within("teacher's weight", weight, 0, 1)
     checks.within("number of steps", steps, EVERY, MAX_STEPS, whole=True)
-    return race.check(catalogue, word, base, base, 0, SAMPLING_STEPS, "ddim", 0).labels
+    return race.check(catalogue, word, base, base, 0, SAMPLING_STEPS, "ddim", 0).asked.labels
 
 
 def tune(catalogue: Catalogue, session: str, base, pattern, decay, weight, steps, word) -> Iterator[tuple]:
@@ -91,7 +91,7 @@ def _tune(catalogue: Catalogue, stopped: threading.Event, base, pattern, decay, 
     def look(model: nn.Module, step: int) -> tuple:
         images = _drawn(layers.folded(model), noise, labels)
         watched.steps.append(step)
-        watched.right.append(int((metrics.read(images) == labels).sum()))
+        watched.right.append(int((judges.GLYPHS.read(images) == labels).sum()))
         return _page(watched, aim, images, steps, counts)
 
     yield *look(student, 0), None

@@ -29,6 +29,8 @@ def start(chosen: Recipe, out: Path, seed: int) -> Iterator[Progress]:
         torch.manual_seed(seed)
         model = cls(**config)
         model.register_to_config(noise_schedule=chosen.schedule)
+        if chosen.context_tokens:
+            model.register_to_config(context_tokens=chosen.context_tokens)
         return model, None
     source, _ = base_of(chosen, out)
     model, teacher = load(source), load(source)

@@ -28,10 +28,10 @@ from ..support import processes
 from ..support.files import replacing, restore, write_json
 from ..training import distill
 from ..training.runlog import RunLog, read
-from . import glyph_classifier
+from . import classifiers
 from .beginning import load, start
 from .plan import Plan, base_of, finished, note_settings, prepare, sources_of
-from .recipes import CLASSIFIER, Protocol, Recipe
+from .recipes import CLASSIFIERS, Protocol, Recipe
 from .results import RESULTS, card
 
 KEPT = 36  # pictures beside a stored result: one of each character
@@ -66,8 +66,8 @@ def reproduce(
     Raises:
         ValueError: an unknown recipe or setting, inputs that are missing, or a folder that holds another run.
     """
-    if name == CLASSIFIER:
-        return (yield from glyph_classifier.reproduce(Path(out, name), bundle))
+    if name in CLASSIFIERS:
+        return (yield from classifiers.reproduce(name, Path(out, name), bundle))
     plan = prepare(name, Path(out), protocol, seed, inception, vae, reference, train_options)
     with processes.claimed(plan.folder):
         results = _begin(plan)
@@ -99,7 +99,7 @@ def _score(plan: Plan) -> Iterator[Progress]:
     if pictures is None:
         return {}
     images, base_images, curve = pictures
-    asked = evaluation.labels(model, plan.protocol.n)
+    asked = evaluation.asked(model, plan.recipe.data, plan.protocol.n)
     results = {
         "name": plan.run,
         "command": f"python -m sparsedm reproduce {plan.name}" + (f" --seed {plan.seed}" if plan.seed else ""),

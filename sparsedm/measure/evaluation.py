@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils.data import Dataset, default_collate
 
 from .. import data, diffusion
-from ..data import latents
+from ..data import faces, latents
 from ..models import denoisers
 from ..support import processes, tensorfiles
 from ..support.files import replacing
-from . import fingerprint, metrics
+from . import fingerprint, judges, metrics
 from .protocol import Protocol
 
 CHUNK = 500  # pictures sampled between two saves, or more: whole batches, and one for every process
@@ -60,7 +60,7 @@ def sample(
     Raises:
         ValueError: `folder` holds pictures of another model, autoencoder or texts, or damaged ones; raised at the call.
     """
-    path, texts, settings, parts = samples_file(folder, protocol), _texts(model, dataset), {}, []
+    path, texts, settings, parts = samples_file(folder, protocol), _texts(model, dataset, protocol.n), {}, []
     if processes.is_main():
         settings = {k: str(v) for k, v in asdict(protocol).items() if k != "n"} | _origin(model, vae, texts)
         parts = _saved(path, settings)
@@ -100,25 +100,26 @@ def _draw(model: nn.Module, protocol: Protocol, start: int, end: int, asked: dic
         return diffusion.generate(model, noise, **options)
 
 
-def _texts(model: nn.Module, dataset: str) -> latents.Latents | None:
-    """The data set whose texts condition the model; None if the model takes no text."""
-    if denoisers.null_label(model) is not None or data.kind(dataset) != "latents":
+def _texts(model: nn.Module, dataset: str, n: int) -> data.Latents | data.Faces | None:
+    """The data set whose first n texts condition the model; None if the model takes no text."""
+    if denoisers.null_label(model) is not None or data.kind(dataset) not in ("latents", "faces"):
         return None
-    texts = data.load(dataset)
+    texts = data.load(dataset, **_options(dataset, n, denoisers.picture_size(model)))
     return texts if isinstance(texts[0][1], dict) else None
 
 
-def _origin(model: nn.Module, vae: AutoencoderKL | None, texts: latents.Latents | None) -> dict[str, str]:
+def _origin(model: nn.Module, vae: AutoencoderKL | None, texts: data.Latents | data.Faces | None) -> dict[str, str]:
     """Fingerprints of the model, autoencoder and texts that make the pictures, by the keys of `_ORIGIN`."""
     origin = {"model": fingerprint.of_model(model)}
     if vae is not None:
         origin["vae"] = fingerprint.of_model(vae)
     if texts is not None:
-        origin["texts"] = fingerprint.of_files(texts.files)
+        drawn = isinstance(texts, data.Faces)
+        origin["texts"] = fingerprint.of_tensors({}, texts.name) if drawn else fingerprint.of_files(texts.files)
     return origin
 
 
-def _asked(model: nn.Module, n: int, texts: latents.Latents | None) -> Callable[[int, int], dict]:
+def _asked(model: nn.Module, n: int, texts: data.Latents | data.Faces | None) -> Callable[[int, int], dict]:
     """A function from two picture numbers to the conditions in between, as arguments of `diffusion.generate`."""
     classes = labels(model, n)
     if classes is not None:
@@ -186,6 +187,14 @@ def labels(model: nn.Module, n: int) -> torch.Tensor | None:
     return None if null is None else torch.arange(n) % null
 
 
+def asked(model: nn.Module, dataset: str, n: int) -> torch.Tensor | None:
+    """What a model is asked to draw when it is scored: the classes [n], or the attributes of faces [n, 10]; None for nothing."""
+    if dataset == "faces":
+        texts = data.load("faces", split="test", n=n)
+        return torch.stack([faces.row(texts.named(i)) for i in range(n)])
+    return labels(model, n)
+
+
 def check(n: int, dataset: str, inception: str | None = None, reference: str = "") -> None:
     """Check, before pictures are drawn, that `score` can score n of them.
 
@@ -198,7 +207,7 @@ def check(n: int, dataset: str, inception: str | None = None, reference: str = "
         raise ValueError(f"{reference or dataset} holds latents, no pictures to compare with; name real pictures (reference)")
     if inception:
         metrics.check_inception(inception)
-    if data.kind(dataset) == "glyphs" or inception:
+    if judges.of(dataset) or inception:
         metrics.require("a Fréchet distance", n, metrics.MIN_SAMPLES["fd"])
         compared = _compared(n, None, dataset, reference)
         metrics.require(f"a Fréchet distance to {reference or dataset}", len(compared), metrics.MIN_SAMPLES["fd"])
@@ -208,8 +217,14 @@ def check(n: int, dataset: str, inception: str | None = None, reference: str = "
 
 def _compared(n: int, size: int | None, dataset: str, reference: str) -> Dataset:
     """The data set that n pictures of this size are compared with."""
-    options = {"split": "test", "n": n} if data.kind(dataset) == "glyphs" else {"size": size}
-    return data.load(reference or dataset, **options)
+    return data.load(reference or dataset, **_options(dataset, n, size))
+
+
+def _options(dataset: str, n: int, size: int | None) -> dict:
+    """Options of `data.load` for n pictures that training has not seen, where a data set has some; letters have one size."""
+    if data.kind(dataset) == "glyphs":
+        return {"split": "test", "n": n}
+    return {"split": "test", "n": n, "size": size} if dataset == "faces" else {"size": size}
 
 
 def check_decoder(model: nn.Module, vae: AutoencoderKL | None) -> None:
@@ -222,14 +237,25 @@ def check_decoder(model: nn.Module, vae: AutoencoderKL | None) -> None:
 def check_model(model: nn.Module, dataset: str, base: str, inception: str | None) -> None:
     """Raise ValueError or OSError if there is nothing to score the model's pictures by, or no such data set."""
     channels, name = denoisers.of(model).shape(model)[0], type(model).__name__
-    if data.kind(dataset) == "glyphs":
-        expected = data.load(dataset, n=1)[0][0].shape
-        if (channels, denoisers.picture_size(model)) != tuple(expected[:2]):
-            raise ValueError(f"{dataset} are pictures of shape {list(expected)}, and those of {name} are not; name its own data")
+    if judges.of(dataset):
+        size = denoisers.picture_size(model)
+        picture, condition = data.load(dataset, **_options(dataset, 1, size))[0]
+        if (channels, size) != tuple(picture.shape[:2]):
+            expected = list(picture.shape)
+            raise ValueError(f"{dataset} are pictures of shape {expected}, and those of {name} are not; name its own data")
+        _check_text(model, dataset, condition)
     elif not (base or inception):
         raise ValueError(f"{dataset} is scored with Inception's weights (FID) or against a base (SSIM); name one")
     elif dataset not in data.NAMES:  # SSIM needs no pictures of a known set
         data.load(dataset)
+
+
+def _check_text(model: nn.Module, dataset: str, condition: dict | int) -> None:
+    """Raise ValueError unless the model takes text of the shape in `condition`, or takes none where there is none."""
+    needed = denoisers.of(model).conditioning(model, lambda *shape: torch.empty(shape, device="meta"))
+    shapes = {name: list(value.shape) for name, value in (condition.items() if isinstance(condition, dict) else ())}
+    if {name: list(value.shape) for name, value in needed.items() if name != "class_labels"} != shapes:
+        raise ValueError(f"{type(model).__name__} is not conditioned as {dataset} are; name its own data")
 
 
 def check_base(model: nn.Module, base: nn.Module) -> None:
@@ -247,23 +273,25 @@ def score(
     inception: str | None = None,
     reference: str = "",
 ) -> dict[str, float]:
-    """Scores of pictures uint8 [n, C, H, W] of the classes `asked` [n].
+    """Scores of pictures uint8 [n, C, H, W].
 
-    Fréchet distance, kernel distance, precision and recall compare sets of pictures. Glyphs are compared with as many glyphs of
-    the test split, on the glyph classifier's features; other pictures with the training set, on Inception's features, if its
-    weights are at hand.
+    Fréchet distance, kernel distance, precision and recall compare sets of pictures. Glyphs and faces are compared with as many
+    of the test split, on the features of their classifier; other pictures with the training set, on Inception's features, if
+    its weights are at hand.
 
     Args:
+        asked: what the model was asked to draw, as `asked` gives it.
         base: the teacher's pictures from the same noise, for the score "ssim_to_base".
         inception: path of torch-fidelity's Inception weights.
         reference: name of a data set to compare with instead of the training set.
     """
-    glyphs = data.kind(dataset) == "glyphs"
-    scores = {"n": len(images)}
-    if glyphs or inception:
-        scores |= metrics.frechet(images, _compared(len(images), images.shape[-1], dataset, reference), inception)
-    if glyphs and asked is not None:
-        scores["readability"] = metrics.readability(images, asked)
+    judge, scores = judges.of(dataset), {"n": len(images)}
+    if judge or inception:
+        compared = _compared(len(images), images.shape[-1], dataset, reference)
+        scores |= metrics.frechet(images, compared, inception, judge or judges.GLYPHS)
+    if judge and asked is not None:
+        metrics.require(judge.accuracy, len(images), metrics.MIN_SAMPLES[judge.accuracy])
+        scores[judge.accuracy] = judge.share_read(images, asked)
     if base is not None:
         scores["ssim_to_base"] = metrics.ssim(images, base).mean().item()
     return scores

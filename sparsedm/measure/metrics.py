@@ -1,27 +1,27 @@
 """Scores of generated pictures.
 
 Distances between sets come from torch-fidelity: FID, KID, precision and recall on Inception features where its weights are
-at hand, or the same formulas on the features of the bundled glyph classifier, then called FD-glyph and KD-glyph, never FID.
-SSIM compares two models' pictures from the same noise; readability is how often the classifier reads the asked character.
+at hand, or the same formulas on the features of a bundled classifier (judges.py), then called FD-glyph or FD-face, never FID.
+SSIM compares two models' pictures from the same noise; readability and attribute accuracy are how much of what was asked the
+classifier reads.
 """
 
-import functools
 import io
 
 import torch
 import torch.nn.functional as F
 import torch_fidelity
 from torch.utils.data import Dataset
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from .. import data
-from ..checkpoints import folders, statedict
-from ..models.classifier import FEATURES, GlyphClassifier
+from ..checkpoints import statedict
+from . import judges
+from .judges import Judge
 
-GLYPH_EXTRACTOR, INCEPTION = "sparsedm-glyphs", "sparsedm-inception"
+INCEPTION = "sparsedm-inception"
 KID_SUBSET = 1000
-MIN_SAMPLES = {"fd": 2048, "kd": KID_SUBSET, "readability": 36}
+MIN_SAMPLES = {"fd": 2048, "kd": KID_SUBSET, "readability": 36, "attribute_accuracy": 36}
 
 
 class TooFewSamples(ValueError):
@@ -32,40 +32,6 @@ def require(score: str, n: int, needed: int) -> None:
     """Raise TooFewSamples if `score` needs more samples than `n`."""
     if n < needed:
         raise TooFewSamples(f"{score} needs at least {needed} samples, there are {n}")
-
-
-@functools.cache
-def glyph_classifier() -> GlyphClassifier:
-    """The bundled classifier, loaded once."""
-    return folders.load("glyph-classifier")
-
-
-class _GlyphFeatures(FeatureExtractorBase):
-    """The classifier as a torch-fidelity extractor: uint8 RGB [B, 3, H, W] to features [B, 64]."""
-
-    def __init__(self, name, features_list, **kwargs):
-        super().__init__(name, features_list)
-        self.classifier = glyph_classifier()
-
-    @staticmethod
-    def get_provided_features_list():
-        return (str(FEATURES),)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return str(FEATURES)
-
-    @staticmethod
-    def can_be_compiled():
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile():
-        return torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-
-    def forward(self, images):
-        grey = images.float().mean(1, keepdim=True) / 127.5 - 1
-        return (self.classifier.features(grey),)
 
 
 class _Inception(FeatureExtractorInceptionV3):
@@ -82,7 +48,6 @@ class _Inception(FeatureExtractorInceptionV3):
             raise ValueError(f"{feature_extractor_weights_path} does not hold torch-fidelity's Inception: {reason}") from error
 
 
-torch_fidelity.register_feature_extractor(GLYPH_EXTRACTOR, _GlyphFeatures)
 torch_fidelity.register_feature_extractor(INCEPTION, _Inception)
 
 
@@ -108,16 +73,19 @@ class _Rgb(Dataset):
         return picture.expand(3, -1, -1)
 
 
-def frechet(images: torch.Tensor, reference: torch.Tensor | Dataset, weights: str | None = None) -> dict[str, float]:
+def frechet(
+    images: torch.Tensor, reference: torch.Tensor | Dataset, weights: str | None = None, judge: Judge = judges.GLYPHS
+) -> dict[str, float]:
     """Distances between two sets of pictures, uint8 [n, C, H, W].
 
     Args:
         reference: pictures, or a data set of `data.load`, which is read picture by picture.
-        weights: path of torch-fidelity's Inception weights; by default the glyph classifier gives the features.
+        weights: path of torch-fidelity's Inception weights; without them the judge's classifier gives the features.
+        judge: of the pictures' kind.
 
     Returns:
-        "fid" and "kid" with Inception, "fd_glyph" and "kd_glyph" with the classifier; "precision" and "recall" (of the
-        feature manifold, both ways), and "n".
+        "fid" and "kid" with Inception, "fd_glyph" and "kd_glyph" (or "_face") with the classifier; "precision" and "recall"
+        (of the feature manifold, both ways), and "n".
 
     Raises:
         TooFewSamples: fewer than 2,048 pictures on either side.
@@ -131,9 +99,9 @@ def frechet(images: torch.Tensor, reference: torch.Tensor | Dataset, weights: st
         input1=_Rgb(images), input2=_Rgb(reference), cuda=torch.cuda.is_available(), verbose=False, cache=False,
         save_cpu_ram=True,  # no worker processes
         fid=True, kid=True, prc=True, kid_subset_size=KID_SUBSET, batch_size=256,
-        **(chosen if weights else {"feature_extractor": GLYPH_EXTRACTOR}),
+        **(chosen if weights else {"feature_extractor": judge.extractor}),
     )  # fmt: skip
-    fd, kd = ("fid", "kid") if weights else ("fd_glyph", "kd_glyph")
+    fd, kd = ("fid", "kid") if weights else (f"fd_{judge.name}", f"kd_{judge.name}")
     return {
         fd: scores["frechet_inception_distance"],
         kd: scores["kernel_inception_distance_mean"],
@@ -143,19 +111,16 @@ def frechet(images: torch.Tensor, reference: torch.Tensor | Dataset, weights: st
     }
 
 
-def read(images: torch.Tensor) -> torch.Tensor:
-    """The class [n] that the classifier reads in each picture [n, C, H, W], float in [-1, 1] or uint8."""
-    if images.dtype == torch.uint8:
-        images = images.float() / 127.5 - 1
-    grey = images.clamp(-1, 1).mean(1, keepdim=True)
-    with torch.no_grad():
-        return torch.cat([glyph_classifier()(chunk.cpu()).argmax(1) for chunk in grey.split(1024)])
-
-
 def readability(images: torch.Tensor, labels: torch.Tensor) -> float:
     """Share of pictures [n, C, H, W] in which the classifier reads the asked class [n]. At least 36 pictures."""
     require("readability", len(images), MIN_SAMPLES["readability"])
-    return (read(images) == labels.cpu()).float().mean().item()
+    return judges.GLYPHS.share_read(images, labels)
+
+
+def attribute_accuracy(images: torch.Tensor, asked: torch.Tensor) -> float:
+    """Share of the asked attributes [n, 10] (`data.faces.row`) that the classifier reads in pictures [n, 3, H, W]."""
+    require("attribute accuracy", len(images), MIN_SAMPLES["attribute_accuracy"])
+    return judges.FACES.share_read(images, asked)
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -99,11 +99,12 @@ class _TextUNet(_UNet):
 
     def conditioning(self, model: nn.Module, zeros: Zeros) -> Inputs:
         config, dim = model.config, model.config.cross_attention_dim
+        tokens = getattr(config, "context_tokens", CLIP_TOKENS)  # of our own; the class itself takes any number
         kinds = {key: getattr(config, key, None) for key in ("encoder_hid_dim_type", "class_embed_type", "addition_embed_type")}
         other = [f"{key} {kind!r}" for key, kind in kinds.items() if kind and (key, kind) != ("addition_embed_type", "text_time")]
         if other:
             raise ValueError(f"{type(model).__name__} with {', '.join(other)} is not known here; pass inputs={{...}}")
-        text = {"encoder_hidden_states": zeros(CLIP_TOKENS, dim if isinstance(dim, int) else dim[0])}
+        text = {"encoder_hidden_states": zeros(tokens, dim if isinstance(dim, int) else dim[0])}
         if kinds["addition_embed_type"]:
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
             text["added_cond_kwargs"] = {"text_embeds": zeros(pooled), "time_ids": zeros(6)}

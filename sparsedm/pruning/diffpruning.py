@@ -14,7 +14,7 @@ from torch import nn
 from ..diffusion import add_noise, predict_noise, training_scheduler
 from ..masking import layers
 from ..models import denoisers, dryrun
-from ..models.denoisers import null_label
+from ..models.denoisers import Inputs, null_label
 from ..packing.packed import has_packed
 from . import structure
 from .structure import Group
@@ -40,33 +40,41 @@ class TimestepLoss:
 
 
 def importance(
-    model: nn.Module, images: torch.Tensor, class_labels: torch.Tensor | None = None, *, threshold: float = 0.05, seed: int = 0
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor | Inputs | None = None,
+    *,
+    threshold: float = 0.05,
+    seed: int = 0,
 ) -> Iterator[TimestepLoss]:
     """Accumulate in the model's `.grad` the gradients of the noise loss at t = 0, 1, 2, ..., unweighted.
 
-    All timesteps share the pictures [B, C, H, W], their labels [B] if the model takes any, and one noise (section 3.2 and the
-    official code). The sum ends before the first t whose loss is below `threshold` times the largest so far: noisy steps say
-    little about the picture. Models that predict velocity or the picture are scored by the noise that their prediction implies.
+    All timesteps share the pictures [B, C, H, W], one noise (section 3.2 and the official code), and the labels [B], or a dict of
+    the arguments that condition the model (such as {"encoder_hidden_states": [B, tokens, dim]}), if the model takes any. The sum
+    ends before the first t whose loss is below `threshold` times the largest so far: noisy steps say little about the picture.
+    Models that predict velocity or the picture are scored by the noise that their prediction implies.
 
     Raises:
-        ValueError: a threshold outside [0, 1), or a model that this package cannot call or that takes more than labels.
+        ValueError: a threshold outside [0, 1), or a model that this package cannot call or that needs other arguments.
         FloatingPointError: a loss that is not finite (its timestep is named), or in the end a gradient (its parameter is named).
     """
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold {threshold} is not in [0, 1)")
     remedy = "the scores magnitude and random do without a call"
     denoisers.refuse_unknown(model, remedy)
-    denoisers.require(model, ["class_labels"], remedy)
+    given = dict(labels) if isinstance(labels, Mapping) else {"class_labels": labels}
+    denoisers.require(model, given, f"give a dict of the arguments instead of labels; {remedy}")
     model.eval().requires_grad_(True).zero_grad()
     scheduler = training_scheduler(model)
     images = images.to(next(model.parameters()).device)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).to(images)
-    labelled = class_labels is not None and null_label(model) is not None
-    labels = {"class_labels": class_labels.to(images.device)} if labelled else {}
+    if given.get("class_labels") is None or null_label(model) is None:
+        given.pop("class_labels", None)
+    given = denoisers.each(lambda x: x.to(images.device), given)
     steps, largest = scheduler.config.num_train_timesteps, 0.0
     for t in range(steps):
         at = torch.full((images.shape[0],), t, device=images.device)
-        loss = _noise_loss(model, scheduler, images, noise, at, labels)
+        loss = _noise_loss(model, scheduler, images, noise, at, given)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss at timestep {t} is {loss.item()}")
         largest = max(largest, loss.item())
@@ -81,10 +89,10 @@ def importance(
         raise FloatingPointError(f"the gradient of {broken[0]} is not finite")
 
 
-def _noise_loss(model, scheduler, images, noise, t, labels: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _noise_loss(model, scheduler, images, noise, t, conditioning: Inputs) -> torch.Tensor:
     """Squared error of the predicted noise, summed over the picture, mean over the batch (as the official code)."""
     noisy = add_noise(scheduler, images, noise, t)
-    output = predict_noise(scheduler, denoisers.of(model).predict(model, noisy, t, labels), t, noisy)
+    output = predict_noise(scheduler, denoisers.of(model).predict(model, noisy, t, conditioning), t, noisy)
     return (noise - output).square().flatten(1).sum(1).mean()
 
 

@@ -9,9 +9,10 @@ record, {layer: {"out": "0-3,6", "in": ...}}, is plain JSON in the model's confi
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from diffusers.models.activations import GEGLU, SwiGLU
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
@@ -106,8 +107,8 @@ def _traced_groups(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list
         traced = list(graph.get_all_groups(ignored_layers=[model.conv_out], root_module_types=[nn.Conv2d, nn.Linear]))
     except Exception as error:  # of any kind: tracing runs the model and walks its autograd graph
         raise ValueError(f"torch-pruning cannot trace {type(model).__name__}: {error}") from error
-    parts = _parts(model)
-    return [_from_traced(group, names, parts, graph) for group in traced]
+    parts, gates = _parts(model), _gates(model)
+    return [_from_traced(group, names, parts, gates, graph) for group in traced]
 
 
 def _parts(model: nn.Module) -> dict[str, int]:
@@ -119,10 +120,16 @@ def _parts(model: nn.Module) -> dict[str, int]:
     return parts
 
 
+def _gates(model: nn.Module) -> dict[str, int]:
+    """Layers whose outputs are values and then as many gates, with the number of values: entry i goes with its gate."""
+    gated = ((name, module.proj) for name, module in model.named_modules() if isinstance(module, (GEGLU, SwiGLU)))
+    return {f"{name}.proj": layer.out_features // 2 for name, layer in gated}
+
+
 _LAYERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
 
 
-def _from_traced(traced, names: Mapping[nn.Module, str], parts: Mapping[str, int], graph) -> Group:
+def _from_traced(traced, names: Mapping[nn.Module, str], parts: Mapping[str, int], gates: Mapping[str, int], graph) -> Group:
     members, most = [], 1
     for item in traced.items:
         module = item.dep.target.module
@@ -132,6 +139,8 @@ def _from_traced(traced, names: Mapping[nn.Module, str], parts: Mapping[str, int
         axis, name = "in" if reads else "out", names[module]
         members.append(Member(name, axis, torch.tensor(item.idxs), torch.tensor(item.root_idxs)))
         most = max(most, 1 if reads else parts.get(name, 1))
+    if values := next((gates[m.layer] for m in members if m.axis == "out" and m.layer in gates), 0):
+        members = [replace(member, root=member.root % values) for member in members]
     return Group(max(int(m.root.max()) for m in members) + 1, tuple(members), most)
 
 

@@ -7,15 +7,15 @@ import difflib
 from dataclasses import replace
 
 from ...measure.protocol import Protocol
-from . import glyphs, papers
+from . import faces, glyphs, papers
 from .base import Recipe
 
-__all__ = ["CLASSIFIER", "LETTERS", "NAMES", "RECIPES", "Protocol", "Recipe", "protocol", "recipe", "run_name", "seeds"]
+__all__ = ["CLASSIFIERS", "LETTERS", "NAMES", "RECIPES", "Protocol", "Recipe", "protocol", "recipe", "run_name", "seeds"]
 
-RECIPES = {**glyphs.recipes(), **papers.recipes()}
-CLASSIFIER = "glyph-classifier"
-NAMES = (CLASSIFIER, *RECIPES)
-LETTERS = (CLASSIFIER, *(name for name, known in RECIPES.items() if known.suite != "paper"))
+RECIPES = {**glyphs.recipes(), **faces.recipes(), **papers.recipes()}
+CLASSIFIERS = ("glyph-classifier", "face-classifier")
+NAMES = (*CLASSIFIERS, *RECIPES)
+LETTERS = (CLASSIFIERS[0], *(name for name, known in RECIPES.items() if known.suite in ("headline", "short")))
 
 
 def recipe(name: str) -> Recipe:

@@ -10,13 +10,14 @@ class Recipe:
     """One experiment.
 
     Attributes:
-        suite: "headline", "short" or "paper".
+        suite: "headline", "short", "faces" or "paper".
         backbone: the kind of network, as tables name it.
         method: the sparsity or the baseline, as tables name it.
         base: the recipe whose model is the start of the training, and a student's teacher; "" for random weights.
         role: "teacher", "2x4", "diffpruned", ...; unique among the recipes of one suite with the same base.
         model: class and config of a model trained from scratch.
         schedule: noise schedule and prediction type of a model trained from scratch.
+        context_tokens: tokens of text that the model takes, where its class's config does not tell; 0 for the class's own.
         pattern: N:M of a student; "" for dense.
         distil: whether the base is the teacher in a distillation.
         train: `TrainConfig` fields; {} for no training.
@@ -38,6 +39,7 @@ class Recipe:
     role: str = "teacher"
     model: tuple[type, dict] | None = None
     schedule: dict = field(default_factory=dict)
+    context_tokens: int = 0
     pattern: str = ""
     distil: bool = False
     train: dict = field(default_factory=dict)

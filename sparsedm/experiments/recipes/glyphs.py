@@ -10,7 +10,7 @@ from ...models.uvit import UViTModel
 from .base import Recipe
 
 _SHORT_PROTOCOL = Protocol(n=5_000, steps=20)
-_SCHEDULE = {
+SCHEDULE = {
     "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
     "prediction_type": "v_prediction", "clip_sample": True,
 }  # fmt: skip
@@ -25,12 +25,12 @@ _UNET = {
     "norm_num_groups": 8, "attention_head_dim": 32, "num_class_embeds": 37,
 }  # fmt: skip
 
-_TEACH = {"lr": 2e-3, "betas": (0.9, 0.99), "lr_schedule": "cosine", "ema_decay": 0.999, "checkpoint_every": 500}
+TEACH = {"lr": 2e-3, "betas": (0.9, 0.99), "lr_schedule": "cosine", "ema_decay": 0.999, "checkpoint_every": 500}
 _TUNE = {
     "uvit": {
-        **_TEACH, "optimizer": "muon", "lr": 1e-3, "warmup": 100, "steps": 5000, "batch_size": 32, "mixed_precision": "bf16",
+        **TEACH, "optimizer": "muon", "lr": 1e-3, "warmup": 100, "steps": 5000, "batch_size": 32, "mixed_precision": "bf16",
     },
-    "unet": {**_TEACH, "lr": 1e-3, "warmup": 100, "steps": 5000, "batch_size": 64},
+    "unet": {**TEACH, "lr": 1e-3, "warmup": 100, "steps": 5000, "batch_size": 64},
 }  # fmt: skip
 _SHORT = {"steps": 1000, "warmup": 50}
 _WATCH = (0, 100, 200, 500)
@@ -45,8 +45,8 @@ _PROGRESSIVE = ("31:32", "15:16", "7:8", "3:4", "2:4")
 
 
 def recipes() -> dict[str, Recipe]:
-    uvit = {"steps": 11_000, "batch_size": 32, "warmup": 200, "optimizer": "muon", **_TEACH}
-    unet = {"steps": 10_000, "batch_size": 64, "warmup": 500, **_TEACH}
+    uvit = {"steps": 11_000, "batch_size": 32, "warmup": 200, "optimizer": "muon", **TEACH}
+    unet = {"steps": 10_000, "batch_size": 64, "warmup": 500, **TEACH}
     return {
         **_headline("glyphs-uvit", "U-ViT", (UViTModel, _UVIT), uvit, _TUNE["uvit"], _RATIOS["uvit"][1]),
         **_headline("glyphs-unet", "UNet", (UNet2DModel, _UNET), unet, _TUNE["unet"], _RATIOS["unet"][1]),
@@ -61,7 +61,7 @@ def _headline(base: str, backbone: str, model: tuple[type, dict], teach: dict, t
     student = {"train": tune, "bundle": True, "seeds": 3}
     fifth = {**tune, "steps": teach["steps"] // 5}  # the most that the paper claims to need
     return {
-        base: Recipe("headline", backbone, "teacher", model=model, schedule=_SCHEDULE, train=teach, bundle=True),
+        base: Recipe("headline", backbone, "teacher", model=model, schedule=SCHEDULE, train=teach, bundle=True),
         f"{base}-more": Recipe("headline", backbone, "dense, same extra training", base, "more", train=tune, seeds=3),
         f"{base}-more-gentle": Recipe(
             "headline", backbone, "dense, same extra training, lr 3e-4", base, "more-gentle", train={**tune, **_GENTLE}
