@@ -372,7 +372,8 @@ def _start(chosen: Recipe, out: Path, seed: int) -> Iterator[Progress]:
 
 def _calibrated(model: nn.Module, chosen: Recipe, seed: int) -> Iterator[Progress]:
     """Make the model N:M by calibration; training may change what the masks leave."""
-    for state in calibrate(model, chosen.data, chosen.pattern, seed=seed, **chosen.calibrate):
+    options = {"data": chosen.data, "pattern": chosen.pattern, "seed": seed, **chosen.calibrate}
+    for state in calibrate(model, **options):
         yield Progress("calibrate", state.layer, state.layers, f"{state.name} {state.before:.3f} -> {state.after:.3f}")
 
 
@@ -432,6 +433,7 @@ def _facts(plan: Plan, model: nn.Module) -> dict:
         "base": chosen.base,
         "pattern": chosen.pattern,
         "sparsify": chosen.sparsify,
+        "calibrate": chosen.calibrate,
         "prune": chosen.prune,
         "parameters": sizes.parameters(model),
         "nonzero_parameters": sizes.nonzero(model),
