@@ -291,6 +291,8 @@ def card(name: str, result: dict) -> str:
 
 def _how(chosen: Recipe, train: dict) -> str:
     """How the model was made, in a sentence."""
+    if chosen.calibrate and not train:
+        return f"Calibrated from `{chosen.base}` with {chosen.calibrate['n']:,} noised pictures of `{chosen.data}`, not trained"
     training = f"on `{chosen.data}` for {train['steps']:,} steps of {train['batch_size']}"
     if not chosen.base:
         return f"Trained from random weights {training}"

@@ -72,7 +72,14 @@ def _headline(base: str, backbone: str, model: tuple[type, dict], teach: dict, t
         ),
         f"{base}-2x4-oneshot": Recipe("headline", backbone, "2:4, one-shot", base, "2x4-oneshot", pattern="2:4"),
         f"{base}-2x4-calibrated": Recipe(
-            "headline", backbone, "2:4, calibrated, no training", base, "2x4-calibrated", pattern="2:4", calibrate=_CALIBRATE
+            "headline",
+            backbone,
+            "2:4, calibrated, no training",
+            base,
+            "2x4-calibrated",
+            pattern="2:4",
+            calibrate=_CALIBRATE,
+            bundle=True,
         ),
         f"{base}-2x4-recovered": Recipe(
             "headline",
