@@ -1,6 +1,7 @@
 """One-shot sparsity with calibration: the methods against brute force, and the generator that goes through a model."""
 
 import copy
+import functools
 import itertools
 import math
 
@@ -321,6 +322,31 @@ def test_layers_whose_weight_is_read_outside_of_their_forward_stay_dense(make_mo
     assert "never called" in notes["read"] and "outside of its forward" in notes["both"] and not notes["lin"]
     assert "mid_block.mlp.lin" in states and not {"mid_block.mlp.read", "mid_block.mlp.both"} & states
     assert same(model.mid_block.mlp, state(reads) | lin_of(model.mid_block.mlp))
+
+
+class One(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_calibrated_convolution_is_the_calibrated_linear_layer_of_its_patches(method):
+    x, conv = torch.randn(40, 8, 6, 6), nn.Conv2d(8, 6, 3, padding=1)
+    patches = F.unfold(x, 3, padding=1).unflatten(1, (8, 9)).permute(0, 3, 2, 1).flatten(2)  # [B, tokens, 9 * 8]
+    linear = nn.Linear(72, 6)
+    linear.load_state_dict({"weight": conv.weight.detach().permute(0, 2, 3, 1).flatten(1), "bias": conv.bias.detach()})
+    for model, given in ((pictures := One(conv), x), (rows := One(linear), patches)):
+        list(sparsedm.calibrate(model, functools.partial(model, given, torch.zeros(40)), method=method))
+    found = pictures.layer.weight.permute(0, 2, 3, 1).flatten(1)
+    torch.testing.assert_close(found, rows.layer.weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pictures.layer.bias, rows.layer.bias, rtol=1e-4, atol=1e-5)
+    assert nm.verify(pictures.layer.weight, "2:4") == 0 == nm.verify(rows.layer.weight, "2:4")
 
 
 def test_a_layer_that_does_not_run_stays_dense_in_a_model_whose_inputs_are_unknown():

@@ -64,7 +64,7 @@ def test_reproduce_lists_recipes():
 
 def test_stored_results_are_told_to_programs():
     found = json.loads(CliRunner().invoke(cli.app, ["compare", "--json"]).stdout)
-    assert {"summary", "headline", "claims", "glyphs-uvit", "glyphs-unet"} == set(found)
+    assert {"summary", "headline", "one-shot", "claims", "glyphs-uvit", "glyphs-unet"} == set(found)
     assert {"glyphs-uvit", "glyphs-unet-2x4"} <= {run["name"] for run in found["headline"]}
     assert all(run["scores"]["n"] == 5000 for run in found["glyphs-uvit"])
     assert {verdict["verdict"] for verdict in found["claims"]["glyphs-unet"]} <= {claims.HOLDS, claims.FAILS, claims.OPEN}

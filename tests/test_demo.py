@@ -15,9 +15,11 @@ from PIL import Image
 
 import sparsedm
 from sparsedm import data, plots
+from sparsedm.checkpoints import folders
 from sparsedm.data import faces, prompts
 from sparsedm.demo import compare, explore, models, race, scatter, speedtest, tradeoff, tune, turns, words
 from sparsedm.experiments import results
+from sparsedm.experiments.recipes import RECIPES
 from sparsedm.masking import layers, nm
 from sparsedm.masking.nm import NMPattern
 from sparsedm.measure import judges, macs, speed
@@ -451,6 +453,8 @@ def test_every_picture_of_the_page_is_such_a_file(catalogue):
 
 def test_the_catalogue_s_entries_have_fields(catalogue):
     entries = catalogue.entries
+    stored = {name for name, known in RECIPES.items() if known.bundle} & set(folders.bundled())
+    assert stored == set(models.BUNDLED) and {RECIPES[name].role for name in stored} <= set(models.ROLES)
     assert (entries["glyphs-unet-2x4"].base, entries["glyphs-unet-2x4"].role) == ("glyphs-unet", "2x4")
     assert entries["glyphs-uvit@7:8"].pattern == "7:8" and entries["mine"].role == "own"
     assert [catalogue.rival(key) for key in ("glyphs-unet", "glyphs-unet-diffpruned", "mine")] == [

@@ -15,8 +15,8 @@ from ranks import command
 
 from sparsedm import data
 from sparsedm.checkpoints import folders
-from sparsedm.experiments import beginning, experiment, plan, recipes
-from sparsedm.masking import layers
+from sparsedm.experiments import beginning, experiment, plan, recipes, results
+from sparsedm.masking import layers, nm
 from sparsedm.measure import evaluation, judges, metrics
 from sparsedm.models.uvit import UViTModel
 from sparsedm.pruning import structure
@@ -93,6 +93,33 @@ def test_pruned_models_are_made_by_recipe(tiny_recipes, monkeypatch, reinit):
     torch.nn.init.normal_(base.mid_block.mlp.fc1.weight)
     folders.save(base, tiny_recipes / "teacher" / "model")  # another teacher has others
     assert {state.stage for state in until_sampled("pruned", tiny_recipes)} == {"importance", "sample"}
+
+
+@pytest.mark.parametrize("options", [{"n": 64}, {"n": 8, "data": None, "steps": 2}], ids=["data", "trajectories"])
+def test_calibrated_models_are_made_by_recipe_and_recovered(tiny_recipes, monkeypatch, options):
+    tune = {**TRAIN, "train_only": "norms", "noise_weight": 0.0, "teacher_weight": 1.0}
+    shared = {
+        "suite": "headline",
+        "backbone": "Tiny",
+        "base": "teacher",
+        "pattern": "2:4",
+        "calibrate": {"packages": 1, **options},
+    }
+    for name, extra in {"calibrated": {"bundle": True}, "recovered": {"distil": True, "train": tune}}.items():
+        monkeypatch.setitem(recipes.RECIPES, name, recipes.Recipe(method=name, role=name, **shared, **extra))
+    base = UViTModel(**TINY)
+    base.register_to_config(noise_schedule=SCHEDULE)
+    torch.nn.init.normal_(base.final_layer.weight)
+    folders.save(base, tiny_recipes / "teacher" / "model")
+    for name, stages in {"calibrated": {"calibrate", "sample"}, "recovered": {"calibrate", "train", "sample"}}.items():
+        assert {state.stage for state in until_sampled(name, tiny_recipes)} == stages
+    first, second = (folders.load(tiny_recipes / name / "model") for name in ("calibrated", "recovered"))
+    weights = [model.mid_block.mlp.fc1.weight for model in (first, second)]
+    assert nm.verify(weights[0], "2:4") == 0 and torch.equal(weights[0] == 0, weights[1] == 0)
+    assert not torch.equal(*weights)
+    result = {"train": {}, "command": "", "parameters": 9, "nonzero_parameters": 5, "macs": {"dense": 2, "sparse": 1}}
+    card = results.card("calibrated", {**result, "scores": {"fd_glyph": 2.0}, "protocol": vars(PROTOCOL)})
+    assert f"Calibrated from `teacher` with {options['n']} noised pictures" in card and "not trained" in card
 
 
 def test_scratch_draws_the_weights_of_the_narrow_layers():

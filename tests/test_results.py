@@ -119,7 +119,8 @@ def test_verdicts_take_the_seeds_into_account(runs):
     assert verdict("better than removing channels at half the MACs").word == claims.HOLDS
     assert verdict("pictures stay close to the original's").figures == "not run (pruned shape from scratch)"
     runs(f"{BASE}-short-2x4-srste", 2.0, macs=500)
-    assert claims.Evidence(BASE).better("2x4", ["2x4-srste", "2x4-progressive"]).word == claims.FAILS
+    rows = [claims.Evidence(BASE).short(role) for role in ("2x4", "2x4-srste", "2x4-progressive")]
+    assert claims.Evidence(BASE).better(rows[0], rows[1:]).word == claims.FAILS
 
 
 def test_a_mistake_in_a_judge_is_no_verdict(runs, monkeypatch):
@@ -217,7 +218,13 @@ def test_every_stored_run_says_how_it_was_made_and_what_came_out():
 
 
 @pytest.mark.parametrize(
-    "table", [results.headline_table, claims.table, *(lambda b=b: results.short_table(b) for b in results.bases())]
+    "table",
+    [
+        results.headline_table,
+        results.one_shot_table,
+        claims.table,
+        *(lambda b=b: results.short_table(b) for b in results.bases()),
+    ],
 )
 def test_rows_of_stored_tables_have_as_many_cells_as_their_head(table):
     counts = {line.count("|") for line in table().splitlines() if line.startswith("|")}
@@ -237,6 +244,32 @@ def test_figures_are_drawn(runs, tmp_path):
     assert list(figures.pictures(BASE, tmp_path / "runs")) == ["teacher", "2:4, SparseDM", "Diff-Pruning"]
 
 
+def test_one_shot_runs_stand_beside_magnitudes_mask(runs):
+    runs(f"{BASE}-short-2x4-oneshot", 30.0, macs=500 * 10**6)
+    runs(f"{BASE}-oneshot-recovered", 3.0, macs=500 * 10**6, train_images=4480)
+    runs(f"{BASE}-oneshot-wanda", 20.0, macs=500 * 10**6)
+    runs(f"{BASE}-oneshot-3x4", 2.5, macs=750 * 10**6)
+    runs(f"{BASE}-short-teacher", 2.0, macs=1000 * 10**6)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.one_shot_table().splitlines()[2:-2]]
+    assert [(row[0], row[2], *row[5:]) for row in rows] == [
+        ("UNet teacher", "2.00", "none", "none"), ("UNet 3:4, ADMM", "2.50", "1,024", "none"),
+        ("UNet 2:4, ADMM, a minute of recovery", "3.00", "1,024", "4,480"), ("UNet 2:4, Wanda", "20.00", "1,024", "none"),
+        ("UNet 2:4, one-shot", "30.00", "none", "none"),
+    ]  # fmt: skip
+    runs(f"{BASE}-oneshot-obs", 3.0, protocol=vars(RECIPES[BASE].protocol))
+    with pytest.raises(ValueError, match="2 protocols among the one-shot"):
+        results.one_shot_table()
+
+
+@pytest.mark.parametrize(("wanda", "word"), [(20.0, claims.HOLDS), (9.1, claims.OPEN), (4.0, claims.FAILS)])
+def test_claims_on_calibration_rest_on_the_one_shot_runs(runs, wanda, word):
+    claim = "OBS beats Wanda at 2:4, without training"
+    runs(f"{BASE}-oneshot-obs", 9.0)
+    assert verdict(claim).figures == "not run (2:4, Wanda)"
+    runs(f"{BASE}-oneshot-wanda", wanda)
+    assert verdict(claim) == claims.Verdict(word, f"9.00 against {wanda:.2f} (2:4, Wanda)")
+
+
 def test_runs_of_the_papers_size_have_tables(store):
     assert results.paper_bases() == ()
     for name, fid, ssim in (
@@ -254,5 +287,5 @@ def test_runs_of_the_papers_size_have_tables(store):
 
 
 def test_unknown_suites_are_refused():
-    with pytest.raises(ValueError, match="unknown suite 'long'; known: headline, short, paper"):
+    with pytest.raises(ValueError, match="unknown suite 'long'; known: headline, short, one-shot, paper"):
         results.load("long")

@@ -64,7 +64,9 @@ def reproduce(
 
 
 def compare(
-    what: Annotated[str, typer.Option(help="summary, headline, claims, a teacher's name (its students), or all.")] = "all",
+    what: Annotated[
+        str, typer.Option(help="summary, headline, one-shot, claims, a teacher's name (its students), or all.")
+    ] = "all",
     figures: Annotated[Path | None, typer.Option(help="Also draw the figures into this folder.")] = None,
     runs: Annotated[
         Path, typer.Option(help="Folder that reproduce wrote, for the figure of pictures from the same noise.")
@@ -75,7 +77,8 @@ def compare(
     from ..experiments import claims, results
     from .common import outcome
 
-    tables = {"summary": results.summary_table, "headline": results.headline_table, "claims": claims.table}
+    tables = {"summary": results.summary_table, "headline": results.headline_table, "one-shot": results.one_shot_table}
+    tables |= {"claims": claims.table}
     tables |= {base: functools.partial(results.short_table, base) for base in results.bases()}
     tables |= {base: functools.partial(results.paper_table, base) for base in results.paper_bases()}
     if what not in ("all", *tables):
@@ -95,11 +98,12 @@ def compare(
 
 
 def _runs(table: str) -> list[dict]:
-    """The stored runs of the headline suite, or of one teacher and its students in the short suite or the papers' size."""
+    """The stored runs of a suite, or of one teacher and its students in the short suite or the papers' size."""
     from ..experiments import results
 
     suite = "short" if table in results.bases() else "paper"
-    rows = results.load("headline") if table in ("summary", "headline") else results.load(suite, table)
+    whole = {"summary": "headline", "headline": "headline", "one-shot": "one-shot"}
+    rows = results.load(whole[table]) if table in whole else results.load(suite, table)
     return [run for row in rows for run in row.runs]
 
 

@@ -21,7 +21,9 @@ from ..support import processes
 
 ONE_SHOT = ("2:4", "1:4", "3:4", "4:8", "7:8", "15:16")
 PACK_BATCH = 6  # pictures that packing times layers with: a word of six letters
-ROLES = {"teacher": "dense", "2x4": "2:4 SparseDM", "diffpruned": "Diff-Pruning"}  # of bundled models, as people read them
+ROLES = {  # of bundled models, as people read them
+    "teacher": "dense", "2x4": "2:4 SparseDM", "2x4-calibrated": "2:4 calibrated, no training", "diffpruned": "Diff-Pruning",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Entry:
 BUNDLED = {
     name: Entry(f"{recipe.backbone}, {ROLES[recipe.role]}", name, recipe.role, recipe.base or name)
     for name, recipe in RECIPES.items()
-    if recipe.bundle
+    if recipe.bundle and name in folders.bundled()
 }
 BASES = {name: RECIPES[name].backbone for name, entry in BUNDLED.items() if entry.role == "teacher"}
 

@@ -45,7 +45,8 @@ def start(chosen: Recipe, out: Path, seed: int) -> Iterator[Progress]:
 
 def _calibrated(model: nn.Module, chosen: Recipe, seed: int) -> Iterator[Progress]:
     """Make the model N:M by calibration; training may change what the masks leave."""
-    for state in calibrate(model, chosen.data, chosen.pattern, seed=seed, **chosen.calibrate):
+    options = {"data": chosen.data, "pattern": chosen.pattern, "seed": seed, **chosen.calibrate}
+    for state in calibrate(model, **options):
         yield Progress("calibrate", state.layer, state.layers, f"{state.name} {state.before:.3f} -> {state.after:.3f}")
 
 

@@ -1,11 +1,11 @@
-"""The claims of the two papers, and the verdict of the stored results on each: holds, does not hold, or cannot be told.
+"""The claims of the papers, and the verdict of the stored results on each: holds, does not hold, or cannot be told.
 
 Chance counts: a claim about FD-glyph holds, or does not, only if a t-test says so (`significance`).
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..masking import layers
@@ -56,6 +56,10 @@ class Evidence:
         """The row of the headline suite. Raises MissingEvidence if the recipe was not run."""
         return self._row("headline", role)
 
+    def one_shot(self, role: str) -> Row:
+        """The row of the suite without training. Raises MissingEvidence if the recipe was not run."""
+        return self._row("one-shot", role)
+
     def _row(self, suite: str, role: str) -> Row:
         if row := self._rows.get((suite, role)):
             return row
@@ -75,9 +79,8 @@ class Evidence:
         """-1 if FD-glyph of `a` is at most `TOLERANCE` times that of `b`, 1 if more, 0 if chance may explain the difference."""
         return self.chance.within(Score.of(a), Score.of(b))
 
-    def better(self, a: str, others: Iterable[str]) -> Verdict:
-        """Whether a short run is better than every one of the others."""
-        row, rivals = self.short(a), [self.short(name) for name in others]
+    def better(self, row: Row, rivals: Sequence[Row]) -> Verdict:
+        """Whether a row is better than every one of the others."""
         scores = ", ".join(f"{rival.fd:.2f} ({rival.recipe.method})" for rival in rivals)
         return Verdict(_all(self.compare(row, rival) for rival in rivals), f"{row.fd:.2f} against {scores}")
 
@@ -122,19 +125,19 @@ def _kept(key: str) -> Callable[[Evidence], Verdict]:
     return judge
 
 
-def _better(a: str, *others: str) -> Callable[[Evidence], Verdict]:
-    return lambda evidence: evidence.better(a, others)
+def _better(a: str, *others: str, rows: Callable[[Evidence, str], Row] = Evidence.short) -> Callable[[Evidence], Verdict]:
+    return lambda evidence: evidence.better(rows(evidence, a), [rows(evidence, name) for name in others])
 
 
 def _teacher_helps(evidence: Evidence) -> Verdict:
-    verdict, alone = evidence.better("2x4", ["2x4-srste"]), evidence.short("2x4-teacher-only")
+    verdict, alone = _better("2x4", "2x4-srste")(evidence), evidence.short("2x4-teacher-only")
     better = evidence.compare(alone, evidence.short("2x4-srste")) == -1
     return Verdict(verdict.word, f"{verdict.figures}; teacher's loss alone {alone.fd:.2f}{', which is better' if better else ''}")
 
 
 def _fixed(evidence: Evidence) -> Verdict:
     """The runs at a constant rate, as in the paper, decide: a falling rate leaves little to the last pattern."""
-    verdict = evidence.better("2x4-constant", ["2x4-progressive-constant"])
+    verdict = _better("2x4-constant", "2x4-progressive-constant")(evidence)
     falling = [evidence.short(key).fd for key in ("2x4", "2x4-progressive")]
     return Verdict(verdict.word, f"{verdict.figures}; {falling[0]:.2f} against {falling[1]:.2f} with a rate that falls to 0")
 
@@ -228,6 +231,8 @@ CLAIMS = (
      _better("diffpruned", "magnitude", "random", "taylor", "scratch")),
     ("both", "2:4 on a pruned model beats 1:4 and harder pruning at about a quarter of the MACs",
      _better("diffpruned-2x4", "1x4", "diffpruned-quarter")),
+    ("OBS-Diff", "OBS beats Wanda at 2:4, without training", _better("obs", "wanda", rows=Evidence.one_shot)),
+    ("OBS-Diff", "... and timestep weights help", _better("weighted", "admm", rows=Evidence.one_shot)),
 )  # fmt: skip
 
 
@@ -246,7 +251,7 @@ def _judged(judge: Callable[[Evidence], Verdict], evidence: Evidence) -> Verdict
 
 _RULES = (
     "*Scores* are FD-glyph where nothing else is said. They are those of the short runs; *the same quality* and a fifth of the"
-    " training are judged by the long runs, which have more pictures and sampling steps.",
+    " training are judged by the long runs, which have more pictures and sampling steps, OBS-Diff by those without training.",
     "*Better* means better than every rival that is named. The claim does not hold if one rival is better.",
     f"*The same quality*: FD-glyph is at most {TOLERANCE - 1:.0%} above the teacher's, and above the dense model's after the same"
     " extra training, at either learning rate (t-test, one side).",

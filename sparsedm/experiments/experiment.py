@@ -225,6 +225,7 @@ def _facts(plan: Plan, model: nn.Module) -> dict:
         "base": chosen.base,
         "pattern": chosen.pattern,
         "sparsify": chosen.sparsify,
+        "calibrate": chosen.calibrate,
         "prune": chosen.prune,
         "parameters": sizes.parameters(model),
         "nonzero_parameters": sizes.nonzero(model),

@@ -18,7 +18,7 @@ from .recipes import RECIPES, Recipe, recipe, run_name
 
 RESULTS = folders.ASSETS / "results"
 RESULTS_FILE = "results.json"  # of a run, in its folder
-SUITES = ("headline", "short")  # on the letter models
+SUITES = ("headline", "short", "one-shot")  # on the letter models
 _SEEDS = "±: largest deviation of two or three seeds."
 _FASTER = (
     "Times faster: the dense model's time for a step of 16 pictures, divided by this model's (float32, two threads, each model in"
@@ -80,7 +80,7 @@ def pictures(name: str) -> Image.Image | None:
 
 
 def load(suite: str, base: str = "") -> list[Row]:
-    """The stored results of a suite ("headline", "short", "paper"), of one teacher and its students or of all.
+    """The stored results of a suite ("headline", "short", "one-shot", "paper"), of one teacher and its students or of all.
 
     Raises:
         ValueError: unknown suite, or runs that were scored by different protocols and must not stand in one table.
@@ -94,10 +94,14 @@ def load(suite: str, base: str = "") -> list[Row]:
             runs = tuple(json.loads(path.read_text()) for path in paths if path.exists())
             if runs:
                 rows.append(Row(name, known, runs))
+    _one_protocol(rows, suite)
+    return rows
+
+
+def _one_protocol(rows: list[Row], what: str) -> None:
     protocols = {json.dumps({**run["protocol"], "seed": 0}) for row in rows for run in row.runs}
     if len(protocols) > 1:
-        raise ValueError(f"{len(protocols)} protocols among the {suite} results in {RESULTS}; score them all under one")
-    return rows
+        raise ValueError(f"{len(protocols)} protocols among the {what} results in {RESULTS}; score them all under one")
 
 
 def times() -> list[dict]:
@@ -206,6 +210,23 @@ def _short_row(row: Row, whole: int) -> tuple:
     )  # fmt: skip
 
 
+def one_shot_table() -> str:
+    """The teachers and what calibration alone makes of them, as a Markdown table: a teacher's students by MACs, then the best."""
+    plain = [row for row in load("short") if row.recipe.role in ("teacher", "2x4-oneshot")]  # of the same protocol
+    rows = plain + load("one-shot")
+    _one_protocol(rows, "one-shot and short")
+    rows.sort(key=lambda row: (bases().index(row.recipe.base), -round(row.macs / 1e6), row.fd))
+    head = ("model", "M MACs", "FD-glyph ↓", "readability ↑", "SSIM to teacher ↑", "calibration inputs", "training pictures")
+    return f"{markdown.table(head, map(_one_shot_row, rows))}\n\n{_caption(rows[0].runs[0])}"
+
+
+def _one_shot_row(row: Row) -> tuple:
+    return (
+        row.recipe.title, f"{row.macs / 1e6:.1f}", row.fd_text, f"{row.mean('readability'):.1%}", _ssim(row),
+        f"{row.recipe.calibrate['n']:,}" if row.recipe.calibrate else "none", f"{row.images:,}" if row.images else "none",
+    )  # fmt: skip
+
+
 def paper_bases() -> tuple[str, ...]:
     """The teachers of the papers' size that have stored results, or whose students have."""
     stored = (name for name in RECIPES if RECIPES[name].suite == "paper" and (RESULTS / f"{name}.json").exists())
@@ -262,6 +283,8 @@ def card(name: str, result: dict) -> str:
 
 def _how(chosen: Recipe, train: dict) -> str:
     """How the model was made, in a sentence."""
+    if chosen.calibrate and not train:
+        return f"Calibrated from `{chosen.base}` with {chosen.calibrate['n']:,} noised pictures of `{chosen.data}`, not trained"
     training = f"on `{chosen.data}` for {train['steps']:,} steps of {train['batch_size']}"
     if not chosen.base:
         return f"Trained from random weights {training}"

@@ -15,7 +15,7 @@ __all__ = ["CLASSIFIERS", "LETTERS", "NAMES", "RECIPES", "Protocol", "Recipe", "
 RECIPES = {**glyphs.recipes(), **faces.recipes(), **papers.recipes()}
 CLASSIFIERS = ("glyph-classifier", "face-classifier")
 NAMES = (*CLASSIFIERS, *RECIPES)
-LETTERS = (CLASSIFIERS[0], *(name for name, known in RECIPES.items() if known.suite in ("headline", "short")))
+LETTERS = (CLASSIFIERS[0], *(name for name, known in RECIPES.items() if known.data == "glyphs" and known.suite != "paper"))
 
 
 def recipe(name: str) -> Recipe:

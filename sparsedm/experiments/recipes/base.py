@@ -10,7 +10,7 @@ class Recipe:
     """One experiment.
 
     Attributes:
-        suite: "headline", "short", "faces" or "paper".
+        suite: "headline", "short", "one-shot", "faces" or "paper".
         backbone: the kind of network, as tables name it.
         method: the sparsity or the baseline, as tables name it.
         base: the recipe whose model is the start of the training, and a student's teacher; "" for random weights.
@@ -25,6 +25,7 @@ class Recipe:
         bundle: whether the checkpoint ships with the package.
         sparsify: options of `sparsedm.sparsify`.
         calibrate: options of `sparsedm.calibrate`, which then makes the masks; training keeps them ({}: masks by magnitude).
+            With `data` None the inputs are the model's own trajectories.
         prune: options of `diffpruning.prune`, and the `threshold` of the importance; {} for whole models. With `reinit` the
             weights are drawn anew: the same shape from scratch.
         protocol: how to score.

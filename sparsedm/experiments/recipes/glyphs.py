@@ -1,6 +1,6 @@
-"""The experiments on the bundled letter models: the headline models, trained long, and the short runs of every method.
+"""The experiments on the bundled letter models: the headline models, trained long, short runs of every method, and one-shot ones.
 
-A short run gives every method a tenth of the teacher's training, what Diff-Pruning claims to need.
+A short run gives every method a tenth of the teacher's training, what Diff-Pruning claims to need. A one-shot run has none.
 """
 
 from diffusers import UNet2DModel
@@ -37,6 +37,8 @@ _WATCH = (0, 100, 200, 500)
 _TEACHER_ONLY = {"noise_weight": 0.0, "teacher_weight": 1.0}
 _GENTLE = {"lr": 3e-4}
 _CALIBRATE = {"n": 1024}
+# A minute of one core.
+_RECOVER = {**_TEACHER_ONLY, "train_only": "norms", "steps": 70, "batch_size": 64, "lr": 2e-3, "lr_schedule": "cosine"}
 
 # The share of channels whose removal leaves about three quarters, half and a quarter of the MACs.
 _RATIOS = {"uvit": (0.25, 0.5, 0.75), "unet": (0.2, 0.35, 0.55)}
@@ -52,6 +54,8 @@ def recipes() -> dict[str, Recipe]:
         **_headline("glyphs-unet", "UNet", (UNet2DModel, _UNET), unet, _TUNE["unet"], _RATIOS["unet"][1]),
         **_short("glyphs-uvit", "U-ViT", {**_TUNE["uvit"], **_SHORT}, _RATIOS["uvit"]),
         **_short("glyphs-unet", "UNet", {**_TUNE["unet"], **_SHORT}, _RATIOS["unet"]),
+        **_one_shot("glyphs-uvit", "U-ViT"),
+        **_one_shot("glyphs-unet", "UNet"),
     }
 
 
@@ -68,7 +72,25 @@ def _headline(base: str, backbone: str, model: tuple[type, dict], teach: dict, t
         ),
         f"{base}-2x4-oneshot": Recipe("headline", backbone, "2:4, one-shot", base, "2x4-oneshot", pattern="2:4"),
         f"{base}-2x4-calibrated": Recipe(
-            "headline", backbone, "2:4, calibrated, no training", base, "2x4-calibrated", pattern="2:4", calibrate=_CALIBRATE
+            "headline",
+            backbone,
+            "2:4, calibrated, no training",
+            base,
+            "2x4-calibrated",
+            pattern="2:4",
+            calibrate=_CALIBRATE,
+            bundle=True,
+        ),
+        f"{base}-2x4-recovered": Recipe(
+            "headline",
+            backbone,
+            "2:4, calibrated, a minute of recovery",
+            base,
+            "2x4-recovered",
+            pattern="2:4",
+            calibrate=_CALIBRATE,
+            distil=True,
+            train=_RECOVER,
         ),
         f"{base}-2x4": Recipe("headline", backbone, "2:4, SparseDM", base, "2x4", pattern="2:4", distil=True, **student),
         f"{base}-2x4-teacher-only": Recipe(
@@ -140,4 +162,24 @@ def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, fl
     for threshold in (0.02, 0.2):
         add(f"threshold-{threshold:g}", f"Diff-Pruning, threshold {threshold:g}", prune=pruned(threshold=threshold))
     add("absolute", "Diff-Pruning, absolute score", prune=pruned(score="absolute"))
+    return students
+
+
+def _one_shot(base: str, backbone: str) -> dict[str, Recipe]:
+    """Ways to N:M by calibration alone, scored as the short runs are, where magnitude's mask has its row."""
+    students = {}
+
+    def add(key: str, title: str, pattern: str = "2:4", train: dict | None = None, **calibrate) -> None:
+        options = {"pattern": pattern, "calibrate": {**_CALIBRATE, **calibrate}, "train": train or {}, "distil": bool(train)}
+        method, protocol = f"{pattern}, {title}", _SHORT_PROTOCOL
+        students[f"{base}-oneshot-{key}"] = Recipe("one-shot", backbone, method, base, key, protocol=protocol, **options)
+
+    add("wanda", "Wanda", method="wanda")
+    add("obs", "OBS", method="obs")
+    add("admm", "ADMM", method="admm")
+    add("recovered", "ADMM, a minute of recovery", train=_RECOVER, method="admm")
+    add("weighted", "ADMM, OBS-Diff's timestep weights", method="admm", weights="obs-diff")
+    add("free", "ADMM, no data", method="admm", data=None)
+    for n, m in ((1, 4), (3, 4), (4, 8)):
+        add(f"{n}x{m}", "ADMM", f"{n}:{m}", method="admm")
     return students
