@@ -1,5 +1,7 @@
 """The faces: pictures, tokens and words."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,8 @@ from sparsedm import cli, data
 from sparsedm.checkpoints import folders
 from sparsedm.data import faces, prompts
 from sparsedm.data.latents import TEXT
-from sparsedm.experiments import recipes
-from sparsedm.measure import drawing, evaluation, metrics
+from sparsedm.experiments import recipes, results
+from sparsedm.measure import drawing, evaluation, judges, metrics
 from sparsedm.measure.protocol import Protocol
 from sparsedm.models.uvit import UViTModel
 from sparsedm.training import distill
@@ -229,3 +231,16 @@ def test_more_faces_are_drawn_to_those_that_are_there(tmp_path):
         protocol = Protocol(n=n, steps=2, batch_size=2)
         drawn[n] = _outcome(evaluation.sample(model, tmp_path, protocol, dataset="faces"))
     assert drawn[6].shape == (6, 3, 16, 16) and torch.equal(drawn[4], drawn[6][:4])
+
+
+def test_the_bundled_classifier_reads_every_attribute_of_real_faces():
+    pictures = data.load("faces", split="test", n=400)
+    images = torch.stack([pictures[i][0] for i in range(400)])
+    shown = torch.stack([faces.row(pictures.face(i)) for i in range(400)])
+    right = judges.FACES.read(images) == shown
+    for i, name in enumerate(faces.ATTRIBUTES):
+        assert right[shown[:, i] >= 0, i].float().mean() > 0.97, name
+    assert metrics.attribute_accuracy(data.to_uint8(images), shown) > 0.99
+    assert metrics.attribute_accuracy(images.roll(1, 0), shown) < 0.5
+    stored = json.loads((results.RESULTS / "face-classifier.json").read_text())
+    assert min(stored["accuracies"].values()) > 0.97
