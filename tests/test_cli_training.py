@@ -64,7 +64,7 @@ def test_a_model_is_trained_pruned_made_sparse_and_drawn(tiny, tmp_path):
     assert ask("info", tmp_path / "student") == ask("info", student["model"])
     smaller = ask("prune", trained["model"], tmp_path / "pruned", "--ratio", 0.5, "--data", "digits", "--n", 4)
     assert 0.4 < smaller["macs_share"] < 0.7
-    both = ask("finetune", trained["model"], tmp_path / "both", "--student", smaller["model"], *QUICK)
+    both = ask("finetune", trained["model"], tmp_path / "both", "--student", smaller["model"], *QUICK, "--estimator", "s-ste")
     told = ask("info", both["model"])
     assert told["pruned"] and told["macs"]["sparse"] < 0.7 * told["macs"]["dense"] and set(told["patterns"].values()) == {"2:4"}
     packed = ask("sparsify", trained["model"], tmp_path / "packed", "--packed", "--pattern", "1:4")
@@ -230,6 +230,8 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, monkeypatch,
         (("train", "{}/tiny", "{}/o", "--device", "abacus"), "device 'abacus' is not there"),
         (("prune", "{}/tiny", "{}/tiny"), "is there already"),
         (("finetune", "{}/tiny", "{}/o", "--pattern", "4:2"), "4:2"),
+        (("finetune", "{}/tiny", "{}/o", "--estimator", "ste"), "unknown estimator 'ste'; known: sr-ste, ast, s-ste"),
+        (("finetune", "{}/tiny", "{}/o", "--estimator", "s-ste", "--decay", "0.1"), "S-STE has no decay"),
         (("finetune", "{}/tiny", "{}/o", "--dtype", "int8"), "unknown dtype 'int8'; known: float32, float16, bfloat16"),
         (("finetune", "{}/tiny", "{}/o", "--data", "glyphs-rgb"), "UViTModel takes pictures of 1 channels"),
         (("generate", "{}/tiny", "{}/o.png", "--label", "11", "--json"), "the classes of this model are 0 to 9, and 10 for none"),

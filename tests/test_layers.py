@@ -626,3 +626,75 @@ def test_compiled_gradients_are_the_same(decay):
     eager(x).square().sum().backward()
     torch.compile(compiled)(x).square().sum().backward()
     torch.testing.assert_close(compiled[0].weight.grad, eager[0].weight.grad)
+
+
+# --- other estimators -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pattern", "row", "expected"), [
+    ("2:4", [4.0, -3, 2, 1], [2.0, -1, 0, 0]),  # the second smallest is 2
+    ("1:4", [4.0, -3, 2, 1], [1.0, 0, 0, 0]),
+    ("3:4", [4.0, -3, 2, -1], [3.0, -2, 1, 0]),
+    ("2:4", [1.0, 1, -1, 1], [0.0, 0, 0, 0]),  # ties
+])  # fmt: skip
+def test_soft_threshold_is_the_formula(pattern, row, expected):
+    assert nm.soft_threshold(torch.tensor([row]), pattern).tolist() == [expected]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_s_ste_computes_and_differentiates_by_its_closed_form(kind):
+    """S-STE: beta S(w) forward, beta = <w, S(w)> / <S(w), S(w)> fixed at the start; the gradient goes straight through."""
+    make, function, shape = KINDS[kind]
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    model = sparsify(nn.Sequential(layer), estimator="s-ste")
+    weight = layer.weight.detach().clone()
+    groups = weight.movedim(1, -1).reshape(-1, 4)
+    threshold = groups.abs().sort(1).values[:, 1:2]
+    shrunk = (groups.sign() * (groups.abs() - threshold).clamp(min=0)).reshape(weight.movedim(1, -1).shape).movedim(-1, 1)
+    beta = (weight * shrunk).sum() / (shrunk * shrunk).sum()
+    leaf = (beta * shrunk).clone().requires_grad_()
+    out, expected = layer(x), function(x, leaf, layer.bias)
+    torch.testing.assert_close(out, expected)
+    out.pow(3).sum().backward()
+    expected.pow(3).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, leaf.grad)
+    with torch.no_grad():
+        layer.weight.mul_(2)  # beta stays
+    torch.testing.assert_close(layer.masked_weight(), 2 * beta * shrunk)
+    folded = layers.folded(model)
+    assert torch.equal(folded[0].weight, layer.sparse_weight()) and nm.verify(folded[0].weight, "2:4") == 0
+
+
+def test_s_ste_is_continuous_where_a_mask_flips():
+    rows = {"sr-ste": [], "s-ste": []}
+    for estimator, outputs in rows.items():
+        layer = nn.Linear(4, 1, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([[3.0, 2, 1.999, 1]]))
+        sparsify(nn.Sequential(layer), estimator=estimator)
+        outputs.append(layer.sparse_weight())
+        with torch.no_grad():
+            layer.weight[0, 1] = 1.998
+        outputs.append(layer.sparse_weight())
+    jumps = {estimator: (b - a).abs().max().item() for estimator, (a, b) in rows.items()}
+    assert jumps["sr-ste"] > 1.9 and jumps["s-ste"] < 0.01
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"estimator": "x"}, "none of sr-ste, s-ste"),
+    ({"estimator": "s-ste", "decay": 0.1}, "S-STE has no decay"),
+    ({"estimator": "s-ste", "frozen": True}, "S-STE has no frozen masks"),
+])  # fmt: skip
+def test_what_an_estimator_has_not_is_refused(options, message):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=message):
+        sparsify(model, **options)
+    assert type(model[0]) is nn.Linear
+
+
+def test_s_ste_keeps_its_pattern():
+    model = sparsify(nn.Sequential(nn.Linear(8, 8)), estimator="s-ste")
+    layers.set_pattern(model, "2:4")
+    with pytest.raises(ValueError, match="0 is trained with S-STE.*keep 2:4"):
+        layers.set_pattern(model, "1:4")
+    assert layers.densify(sparsify(model))[0].__dict__.get("soft_scale") is None

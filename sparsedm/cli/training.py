@@ -12,6 +12,8 @@ import typer
 
 from .options import Data, Device, Globs, Half, JobOptions, Json, Model, Pattern, Seed, free
 
+_ESTIMATORS = {"sr-ste": {}, "ast": {"decay_mode": "adam"}, "s-ste": {"estimator": "s-ste"}}  # as rules of `sparsify`
+
 
 def with_job(command: Callable) -> Callable:
     """`command` for typer: its parameter `job` replaced by the fields of `JobOptions`."""
@@ -49,7 +51,12 @@ def finetune(
     job: JobOptions,
     pattern: Pattern = "2:4",
     student: Annotated[str, typer.Option(help="A model to start from instead of the teacher: a pruned one, say.")] = "",
-    decay: Annotated[float, typer.Option(min=0, max=1, help="Lambda of SR-STE; 0 is plain STE.")] = 2e-4,
+    decay: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Lambda of SR-STE and AST, 2e-4 by default; 0 is plain STE.")
+    ] = None,
+    estimator: Annotated[
+        str, typer.Option(help="How the student's weights get zeros and gradients: sr-ste (the paper's), ast or s-ste.")
+    ] = "sr-ste",
     exclude: Globs = None,
 ) -> None:
     """Make a sparse student of a dense teacher (SparseDM). Example: python -m sparsedm finetune glyphs-unet out --steps 2000"""
@@ -59,9 +66,11 @@ def finetune(
 
     source = folders.load(teacher)
     sparse = folders.load(student) if student else copy.deepcopy(source)
-    students.sparsify(sparse, pattern, exclude=exclude, decay=decay)
+    if estimator not in _ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}; known: {', '.join(_ESTIMATORS)}")
+    students.sparsify(sparse, pattern, exclude=exclude, decay=decay, **_ESTIMATORS[estimator])
     transfer = functools.partial(distill.finetune, teacher=source)
-    job.run(transfer, sparse, teacher=teacher, student=student, pattern=pattern)
+    job.run(transfer, sparse, teacher=teacher, student=student, pattern=pattern, estimator=estimator)
 
 
 def sparsify(

@@ -17,7 +17,7 @@ from . import nm
 from .dense import by_globs, check_globs, default_rule, shared_weights, why_dense
 from .nm import NMPattern
 from .plain import TRANSPOSED, refuse_adapters, refuse_fused, save_as, save_as_is, weight_layers
-from .srste import DECAY_MODES, SR_STE_DECAY, NMConv2d, NMLayer, NMLinear, to_plain, to_sparse
+from .srste import DECAY_MODES, ESTIMATORS, SR_STE_DECAY, NMConv2d, NMLayer, NMLinear, to_plain, to_sparse
 
 NEVER_CALLED = "its forward is never called: unused, or its weight is read in another way, which no mask would reach"
 
@@ -47,8 +47,9 @@ def sparsify(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, str | NMPattern] | None = None,
-    decay: float = SR_STE_DECAY,
+    decay: float | None = None,
     decay_mode: str = "gradient",
+    estimator: str = "sr-ste",
     frozen: bool = False,
     bypassed: Mapping[str, str] | None = None,
 ) -> nn.Module:
@@ -60,9 +61,12 @@ def sparsify(
         exclude: globs on the names of the layers that stay dense; by default the papers' rule for the model's class, or the
             general rule (`masking.dense`).
         overrides: glob to pattern, for layers that get another pattern; the first glob that matches counts.
-        decay: lambda of SR-STE, 2e-4 in the paper; 0 is the plain straight-through estimator.
+        decay: lambda of SR-STE, by default the paper's 2e-4; 0 is the plain straight-through estimator. S-STE has none.
         decay_mode: "gradient" adds the SR term to the gradient (the paper, so Adam normalises it); "decoupled" leaves it
-            to `decay_pruned`, which the training loop calls after the optimiser's step.
+            to `decay_pruned`, which the training loop calls after the optimiser's step; "adam" to AdamW's step, inside its
+            division (AST, `training.ast`).
+        estimator: "sr-ste" masks the weights; "s-ste" shrinks them by the group's threshold and scales them by a factor that
+            is fixed now (S-STE, arXiv 2409.09099).
         frozen: keep the masks of the present weights (as ASP does), instead of deriving the masks anew in every step.
         bypassed: layer to reason, for layers that stay dense because a mask would not reach all uses of their weights;
             `models.students` finds these layers.
@@ -79,8 +83,7 @@ def sparsify(
     overrides = {glob: NMPattern.sparse(p) for glob, p in (overrides or {}).items()}
     if decay_mode not in DECAY_MODES:
         raise ValueError(f"decay_mode {decay_mode!r} is none of {', '.join(DECAY_MODES)}")
-    if not 0 <= decay < math.inf:
-        raise ValueError(f"decay must not be negative, it is {decay}")
+    decay = _checked_decay(decay, estimator, frozen)
     excluded = default_rule(model) if exclude is None else by_globs(exclude)
     layers = dict(weight_layers(model))
     bypassed = shared_weights(model) | dict(bypassed or {})
@@ -98,6 +101,8 @@ def sparsify(
         module.__dict__.pop("dense_reason", None)
         if frozen:
             module.freeze_mask()
+        if estimator == "s-ste":
+            module.soften()
         converted += 1
     if not converted:
         reasons = "; ".join(f"{name}: {module.dense_reason}" for name, module in list(layers.items())[:3])
@@ -105,6 +110,19 @@ def sparsify(
     save_as(model, fold)
     _watch(model)
     return model
+
+
+def _checked_decay(decay: float | None, estimator: str, frozen: bool) -> float:
+    """The decay of the layers. Raises ValueError for an unknown estimator, and for what it has not."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator {estimator!r} is none of {', '.join(ESTIMATORS)}")
+    if estimator == "s-ste" and (decay or frozen):
+        raise ValueError(f"S-STE has no {'decay' if decay else 'frozen masks'}; leave the option out")
+    if decay is None:
+        decay = 0.0 if estimator == "s-ste" else SR_STE_DECAY
+    if not 0 <= decay < math.inf:
+        raise ValueError(f"decay must not be negative, it is {decay}")
+    return decay
 
 
 def _watch(model: nn.Module) -> None:
@@ -133,7 +151,7 @@ def _leave(model: nn.Module, keep_mask: bool) -> nn.Module:
             module.dense_reason = NEVER_CALLED
         elif keep_mask:
             with torch.no_grad():
-                module.weight.copy_(nm.masked(module.weight, module.mask()))
+                module.weight.copy_(module.sparse_weight())
         to_plain(module)
     save_as_is(model)
     for module in model.modules():
@@ -172,12 +190,15 @@ def set_pattern(model: nn.Module, pattern: str | NMPattern) -> None:
     """Give every sparse-training layer another pattern; weights and optimiser state stay, frozen masks are taken anew.
 
     Raises:
-        ValueError: a pattern N:N, or a layer's input axis is not a multiple of M (nothing is changed then).
+        ValueError: a pattern N:N, a layer's input axis is not a multiple of M, or a layer is trained with S-STE (nothing is
+            changed then).
     """
     pattern = NMPattern.sparse(pattern)
     for name, module in nm_layers(model):
         if module.weight.shape[1] % pattern.m:
             raise ValueError(f"{name} has {module.weight.shape[1]} inputs, not a multiple of {pattern.m}")
+        if module.soft_scale is not None and module.pattern != pattern:
+            raise ValueError(f"{name} is trained with S-STE, whose factor belongs to one pattern; keep {module.pattern}")
     for _, module in nm_layers(model):
         module.pattern = pattern
         if module.frozen_mask is not None:

@@ -89,6 +89,20 @@ def masked(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return weight.view(bits).bitwise_and(mask.to(bits).neg_()).view(weight.dtype)
 
 
+def soft_threshold(weight: torch.Tensor, pattern: NMPattern | str) -> torch.Tensor:
+    """sign(w) * max(|w| - t, 0), t the (M - N)-th smallest |w| of each group: N:M, and continuous in w (S-STE, arXiv 2409.09099).
+
+    Raises ValueError as `mask`.
+    """
+    pattern = NMPattern.parse(pattern)
+    groups = grouped(weight, pattern.m)  # [out, in / m, m, rest]
+    if pattern.n == pattern.m:
+        return weight.clone()
+    smallest = groups.abs().kthvalue(pattern.m - pattern.n, dim=2, keepdim=True).values
+    shrunk = (groups.abs() - smallest).clamp_(min=0)
+    return (shrunk * groups.sign()).reshape(weight.shape)
+
+
 def _magnitude(groups: torch.Tensor) -> torch.Tensor:
     """Orderable integers of |w|, one contiguous slice per position in the group: [m, out, in / m, rest]."""
     bits = groups.abs().view(_BITS[groups.element_size()])  # [out, in / m, m, rest]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..masking import layers, nm
+from ..masking import layers
 
 
 def of_model(model: nn.Module) -> str:
@@ -18,7 +18,7 @@ def of_model(model: nn.Module) -> str:
     dtype do not, either.
     """
     weights = dict(model.state_dict())
-    weights |= {f"{name}.weight": nm.masked(layer.weight, layer.mask()) for name, layer in layers.nm_layers(model)}
+    weights |= {f"{name}.weight": layer.sparse_weight() for name, layer in layers.nm_layers(model)}
     config = {name: value for name, value in getattr(model, "config", {}).items() if not name.startswith("_")}
     return of_tensors(weights, type(model).__name__, json.dumps(config, sort_keys=True, default=str))
 

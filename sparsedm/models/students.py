@@ -22,7 +22,7 @@ def sparsify(
         pattern: N:M for every layer.
         inputs: keyword arguments of one call, for models whose config does not tell their shapes. Without `inputs` such a model
             gets no dry run; then `fold` leaves layers dense whose forward no call of the model has run.
-        **rules: include, exclude, overrides, decay, decay_mode and frozen of `masking.layers.sparsify`.
+        **rules: include, exclude, overrides, decay, decay_mode, estimator and frozen of `masking.layers.sparsify`.
 
     Raises:
         ValueError: as `masking.layers.sparsify`, and `inputs` that the model does not take raise what the model raises.

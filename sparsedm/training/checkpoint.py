@@ -19,6 +19,7 @@ from ..masking.plain import weight_layers
 from ..support import fields
 from ..support.fields import Count, NonNegative, Range, Seed, Share
 from ..support.files import replacing
+from .ast import AST
 from .recovery import TRAIN_ONLY
 
 CHECKPOINT = "checkpoint.pt"
@@ -195,7 +196,8 @@ def _read(path: Path) -> dict:
     return content
 
 
-_STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+_STATE = {torch.optim.AdamW: _MOMENTS, AST: _MOMENTS, torch.optim.Muon: {"momentum_buffer"}}
 
 
 def _fitted(state: dict, optimizer: torch.optim.Optimizer) -> dict:
@@ -224,16 +226,17 @@ def _like(parameter: torch.Tensor, value: torch.Tensor, name: str) -> torch.Tens
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon for the linear layers that `masking.dense` lets be sparse and AdamW for the rest."""
-    hidden = {}
+    """AdamW for all parameters but these: Muon's, the linear layers that `masking.dense` lets be sparse; AST's, by decay_mode."""
+    inside = [layer for _, layer in layers.nm_layers(model) if layer.decay_mode == "adam"]
+    taken, hidden = {id(layer.weight) for layer in inside}, {}
     if config.optimizer == "muon":
         excluded = default_rule(model)
-        linears = [(n, m) for n, m in weight_layers(model) if isinstance(m, nn.Linear)]
+        linears = [(n, m) for n, m in weight_layers(model) if isinstance(m, nn.Linear) and id(m.weight) not in taken]
         hidden = {id(m.weight): m.weight for n, m in linears if not excluded(n)}
-    rest = [p for p in model.parameters() if id(p) not in hidden]
-    adamw = torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
-    if not hidden:
-        return [adamw]
-    # This scaling gives Muon's update the size of AdamW's, so that one learning rate serves both.
-    muon = torch.optim.Muon(hidden.values(), config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [adamw, muon]
+    rest = [p for p in model.parameters() if id(p) not in hidden.keys() | taken]
+    optimizers = [torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)]
+    if hidden:  # this scaling gives Muon's update the size of AdamW's, so that one learning rate serves both
+        optimizers.append(torch.optim.Muon(hidden.values(), config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if inside:
+        optimizers.append(AST(inside, config.lr, config.betas, config.weight_decay, rise=config.steps // 4))
+    return optimizers

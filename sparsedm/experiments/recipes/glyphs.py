@@ -144,6 +144,8 @@ def _short(base: str, backbone: str, train: dict, ratios: tuple[float, float, fl
     add("random", "random pruning", prune=pruned(score="random", **no_gradients))
     add("taylor", "Taylor pruning (threshold 0)", prune=pruned(threshold=0.0))
     add("2x4-ste", "2:4, STE without teacher", pattern="2:4", sparsify={"decay": 0.0})
+    add("2x4-s-ste", "2:4, S-STE", pattern="2:4", distil=True, sparsify={"estimator": "s-ste"})
+    add("2x4-ast", "2:4, AST", pattern="2:4", distil=True, sparsify={"decay_mode": "adam"})
     add("2x4-oneshot", "2:4, one-shot", pattern="2:4", train={})
     schedule = {**train, "pattern_schedule": progressive}
     add("2x4-progressive", "2:4, SparseDM, progressive", pattern="2:4", distil=True, train=schedule)
