@@ -220,16 +220,17 @@ def operate(packed_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The operator of the layer, called without it."""
     m = packed_layer
     if isinstance(m, packed.PackedLinear):
-        return torch.ops.sparsedm.nm4_linear(x, m.values, m.positions, m.bias)
+        return torch.ops.sparsedm.nm4_linear(x, m.values, m.positions, m.bias, m.order)
     kernel, stride, padding = list(m.kernel_size), m.stride[0], m.padding[0]
-    return torch.ops.sparsedm.nm4_conv2d(x, m.values, m.positions, m.bias, kernel, stride, padding)
+    return torch.ops.sparsedm.nm4_conv2d(x, m.values, m.positions, m.bias, kernel, stride, padding, m.order)
 
 
 def weight_of(m: nn.Module) -> torch.Tensor:
     """The dense weight that `values` and `positions` stand for: two bits a position, repeated ones added up."""
-    positions = (m.positions[:, None].long() >> torch.arange(0, 8, 2)) & 3
+    state = m.state_dict()
+    positions = (state["positions"][:, None].long() >> torch.arange(0, 8, 2)) & 3
     outputs, inputs, *rest = m.weight_shape
-    values = m.values.double().reshape(outputs, -1, m.pattern.n)
+    values = state["values"].double().reshape(outputs, -1, m.pattern.n)
     groups = values.new_zeros(*values.shape[:2], 4).scatter_add_(-1, positions.reshape(values.shape), values)
     return groups.view(outputs, *rest, inputs).movedim(-1, 1)
 
@@ -525,7 +526,7 @@ def test_address_sanitizer_finds_nothing_in_this_file(tmp_path):
     changes = {"CXX": compiler, "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
     caught = _with_kernels(SANITIZER, tmp_path, ("-c", _READ_TOO_FAR), **changes)
     assert caught.stdout == "within bounds\n" and caught.returncode, caught.stderr[-4000:]
-    assert "heap-buffer-overflow" in caught.stderr and build.SOURCE.name in caught.stderr
+    assert "heap-buffer-overflow" in caught.stderr and build.SOURCES[0].name in caught.stderr
     rest = "not sanitizer and not compile and not torchs and not narrower and not stacks and not memory"
     clean = _with_kernels(SANITIZER, tmp_path, (*_PYTEST, rest), **changes)
     assert not clean.returncode and "skipped" not in clean.stdout, (clean.stdout + clean.stderr)[-8000:]

@@ -19,6 +19,7 @@ from ..models.denoisers import Inputs, each, example_inputs
 from . import gpu, kernels, tensors, tuning
 from .base import PackedLayer
 from .gpu import SemiStructuredLayer
+from .kernels import orders
 
 BACKENDS = ("auto", "kernel")
 FASTER = 1.02  # "auto" packs a layer whose kernel is faster by this: it saves memory, too
@@ -29,24 +30,60 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class _CPULayer(PackedLayer):
     """A layer for the CPU kernels: parameter `values` and buffers `positions` of the weight, and `bias` [out] or None.
 
-    `values` is a parameter, without gradient, for code that asks a layer's parameters for their dtype or device.
+    `values` is a parameter, without gradient, for code that asks a layer's parameters for their dtype or device. Values and
+    positions lie in the order `order` (kernels/orders.py) of the fastest kernel on this machine; in state dicts, in rows.
     """
 
     def __init__(self, plain: nn.Linear | nn.Conv2d, pattern: NMPattern | str):
         super().__init__(plain, pattern)
         values, positions = tensors.pack(plain.weight, self.pattern)
+        self.order = orders.ROWS
         self.values = nn.Parameter(values, requires_grad=False)
         self.register_buffer("positions", positions)
         self.register_buffer("bias", None if plain.bias is None else plain.bias.detach().clone())
-        self._choose_kernel()
 
     def _choose_kernel(self) -> None:
+        """For this machine and dtype; the tensors are replaced, as copies of the module may share them."""
         inputs, outputs = math.prod(self.weight_shape[1:]), self.weight_shape[0]
         self._bfloat = not kernels.why_not(inputs, outputs, self.pattern.n, torch.bfloat16)
+        compute = torch.bfloat16 if self.values.dtype == torch.bfloat16 and self._bfloat else torch.float32
+        order = orders.best(self.weight_shape, self._stride(), self.pattern.n, compute)
+        if order != self.order:
+            values, positions = orders.arranged(*self._rows(), self._spots(), self.pattern.n, order)
+            self.values, self.positions, self.order = nn.Parameter(values, requires_grad=False), positions, order
+
+    def _spots(self) -> int:
+        """Positions of the kernel."""
+        return math.prod(self.weight_shape[2:])
+
+    def _stride(self) -> int:
+        return 1
+
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and positions in the order of files."""
+        return orders.rows(self.values.detach(), self.positions, self._spots(), self.pattern.n, self.order)
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"order": orders.ROWS} | state)  # which layers pickled by earlier versions do not have
         self._choose_kernel()  # the layer may come from another machine
+
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        self._choose_kernel()  # the dtype may be another
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.order != orders.ROWS:
+            destination[prefix + "values"], destination[prefix + "positions"] = self._rows()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        found = [state_dict.get(prefix + name) for name in ("values", "positions")]
+        if all(x is not None and x.shape == own.shape for x, own in zip(found, (self.values, self.positions), strict=True)):
+            values, positions = orders.arranged(*found, self._spots(), self.pattern.n, self.order)
+            state_dict = state_dict | {prefix + "values": values, prefix + "positions": positions}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._choose_kernel()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.refuse_gradients(input)
@@ -67,7 +104,7 @@ class _CPULayer(PackedLayer):
         return self.values
 
     def dense_weight(self) -> torch.Tensor:
-        return tensors.unpack(self.values, self.positions, self.pattern, self.weight_shape)
+        return tensors.unpack(*self._rows(), self.pattern, self.weight_shape)
 
 
 class PackedLinear(_CPULayer):
@@ -78,9 +115,10 @@ class PackedLinear(_CPULayer):
     def __init__(self, plain: nn.Linear, pattern: NMPattern | str):
         super().__init__(plain, pattern)
         self.in_features, self.out_features = plain.in_features, plain.out_features
+        self._choose_kernel()
 
     def _run(self, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return torch.ops.sparsedm.nm4_linear(x, values, self.positions, bias)
+        return torch.ops.sparsedm.nm4_linear(x, values, self.positions, bias, self.order)
 
     def plain(self) -> nn.Linear:
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None)
@@ -95,10 +133,14 @@ class PackedConv2d(_CPULayer):
     def __init__(self, plain: nn.Conv2d, pattern: NMPattern | str):
         super().__init__(plain, pattern)
         self.kernel_size, self.stride, self.padding = plain.kernel_size, plain.stride, plain.padding
+        self._choose_kernel()
+
+    def _stride(self) -> int:
+        return self.stride[0]
 
     def _run(self, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         kernel, stride, padding = list(self.kernel_size), self.stride[0], self.padding[0]
-        return torch.ops.sparsedm.nm4_conv2d(x, values, self.positions, bias, kernel, stride, padding)
+        return torch.ops.sparsedm.nm4_conv2d(x, values, self.positions, bias, kernel, stride, padding, self.order)
 
     def plain(self) -> nn.Conv2d:
         outputs, inputs = self.weight_shape[:2]

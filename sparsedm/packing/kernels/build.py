@@ -18,7 +18,8 @@ from pathlib import Path
 
 from ...support.files import replacing
 
-SOURCE = Path(__file__).with_name("nm_kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("nm_kernels.cpp", "nm_slices.cpp"))
+_HEADER = Path(__file__).with_name("common.h")
 # torch has loaded its OpenMP runtime under the same name, so -fopenmp links to that one and torch.set_num_threads holds.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
 DISABLE = "SPARSEDM_NO_KERNELS"
@@ -63,6 +64,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.sparsedm_nm4_linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5
     kernels.sparsedm_nm4_conv2d.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 11
+    kernels.sparsedm_slice.argtypes, kernels.sparsedm_slice.restype = [ctypes.c_int64] * 4, ctypes.c_int64
+    kernels.sparsedm_sliced_linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
+    kernels.sparsedm_sliced_conv2d.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8
     return kernels
 
 
@@ -78,11 +82,11 @@ def _compiled(compiler: list[str]) -> Path:
     """The shared library for this source, compiler and CPU; compiled if there is none that can be trusted."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     flags = [*FLAGS, *shlex.split(os.environ.get(EXTRA_FLAGS, ""))]
-    key = "\0".join([SOURCE.read_text(), version, *flags, _cpu()])
+    key = "\0".join([*(source.read_text() for source in (*SOURCES, _HEADER)), version, *flags, _cpu()])
     path = cache_folder() / f"nm-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not (_closed(path.parent) and _whole(path)):
         with replacing(path) as temporary:
-            command = [*compiler, *flags, str(SOURCE), "-o", str(temporary)]
+            command = [*compiler, *flags, *map(str, SOURCES), "-o", str(temporary)]
             subprocess.run(command, capture_output=True, text=True, check=True)
             library = temporary.read_bytes()
             temporary.write_bytes(library + _checksum(library))  # loaders do not mind what follows a library

@@ -8,113 +8,21 @@
 // inputs of a convolution are (kernel row, kernel column, channel), channel fastest.
 #include <omp.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
+#include "common.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define SPARSEDM_BF16 1
 #endif
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#elif defined(__AVX__)
-constexpr int kBytes = 32;
-#else
-constexpr int kBytes = 16;
-#endif
-constexpr int kLanes = kBytes / 4;
 constexpr int64_t kSlice = 24 * 1024;  // bytes of a panel slice: in every L1 cache, with room for weights and sums
-constexpr int64_t kOutputs = 256;      // outputs per block: their sums stay in the L2 cache
-
-constexpr int64_t kLargest = 1 << 28;    // side of a picture or kernel, stride, padding
-constexpr double kMostBytes = 1e12;     // of the padded copy of x
-
-enum { kDone, kNoMemory, kNoKernel };  // what the kernels return
+constexpr double kMostBytes = 1e12;    // of the padded copy of x
 
 typedef float Vec __attribute__((vector_size(kBytes)));
 typedef float LooseVec __attribute__((vector_size(kBytes), aligned(4), may_alias));
 
 static inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 static inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
-
-// Memory for `count` elements that a thread keeps for its next call, as fresh memory costs a page fault every 4 KB; null if there
-// is none. Each T and kTag is another piece.
-template <class T, int kTag>
-static T* workspace(int64_t count) {
-  static thread_local std::unique_ptr<void, void (*)(void*)> memory(nullptr, std::free);
-  static thread_local int64_t size = 0;
-  const int64_t wanted = (count * sizeof(T) + 127) / 64 * 64;
-  if (wanted > size) {
-    memory.reset();
-    memory.reset(std::aligned_alloc(64, wanted));
-    size = memory ? wanted : 0;
-  }
-  return static_cast<T*>(memory.get());
-}
-
-// Transposing a square of words (32 or 64 bits): log2(size) perfect shuffles of row i with row i + size / 2.
-template <int... I>
-struct Indices {};
-template <int N, int... I>
-struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
-template <int... I>
-struct MakeIndices<0, I...> {
-  typedef Indices<I...> type;
-};
-
-template <class Word>
-struct Square {
-  static constexpr int kSize = kBytes / sizeof(Word);
-  typedef Word Row __attribute__((vector_size(kBytes)));
-  typedef Word LooseRow __attribute__((vector_size(kBytes), aligned(1), may_alias));
-
-  template <int... I>
-  static Row low(Row a, Row b, Indices<I...>) {
-    return __builtin_shufflevector(a, b, ((I & 1) * kSize + I / 2)...);
-  }
-  template <int... I>
-  static Row high(Row a, Row b, Indices<I...>) {
-    return __builtin_shufflevector(a, b, ((I & 1) * kSize + I / 2 + kSize / 2)...);
-  }
-
-  static void transpose(const Word* from, int64_t from_stride, Word* to, int64_t to_stride) {
-    typename MakeIndices<kSize>::type indices;
-    Row rows[kSize];
-    for (int i = 0; i < kSize; ++i) rows[i] = *reinterpret_cast<const LooseRow*>(from + i * from_stride);
-    for (int stage = kSize; stage > 1; stage /= 2) {
-      Row next[kSize];
-      for (int i = 0; i < kSize / 2; ++i) {
-        next[2 * i] = low(rows[i], rows[i + kSize / 2], indices);
-        next[2 * i + 1] = high(rows[i], rows[i + kSize / 2], indices);
-      }
-      std::memcpy(rows, next, sizeof(next));
-    }
-    for (int i = 0; i < kSize; ++i) *reinterpret_cast<LooseRow*>(to + i * to_stride) = rows[i];
-  }
-};
-
-// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns. Words may lie at any multiple of 2 bytes.
-template <class Word>
-static void transpose(const void* from_, int64_t from_stride, void* to_, int64_t to_stride, int64_t rows, int64_t columns) {
-  constexpr int size = Square<Word>::kSize;
-  const Word* from = static_cast<const Word*>(from_);
-  Word* to = static_cast<Word*>(to_);
-  for (int64_t r = 0; r < rows; r += size) {
-    for (int64_t c = 0; c < columns; c += size) {
-      if (r + size <= rows && c + size <= columns) {
-        Square<Word>::transpose(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
-        continue;
-      }
-      for (int64_t i = r; i < std::min(r + size, rows); ++i)
-        for (int64_t j = c; j < std::min(c + size, columns); ++j)
-          std::memcpy(to + j * to_stride + i, from + i * from_stride + j, sizeof(Word));
-    }
-  }
-}
 
 template <class Value>
 struct Weights {
@@ -389,13 +297,9 @@ struct Shape {
   int64_t place(int64_t column) const { return column % stride * phase() + column / stride; }
   int64_t plane() const { return (height + 2 * padding) * row(); }
 
-  // Whether the sizes are those of a convolution, and so small that nothing above overflows.
   bool valid() const {
-    const int64_t sizes[] = {height, width, kernel_h, kernel_w, stride};
-    for (const int64_t size : sizes)
-      if (size < 1 || size > kLargest) return false;
-    if (images < 0 || channels < 4 || channels % 4 || padding < 0 || padding > kLargest) return false;
-    return out_height() > 0 && out_width() > 0;
+    if (channels < 4 || channels % 4 || stride < 1 || stride > kLargest) return false;
+    return is_convolution(images, height, width, kernel_h, kernel_w, padding);
   }
   double bytes() const { return 4.0 * images * channels * plane(); }
 };

@@ -1,0 +1,37 @@
+"""The orders in which kernels read packed weights; each holds the same numbers in as many bytes.
+
+ROWS is that of files: values [out, kernel positions, in / 4 * N], positions likewise. A positive order is a number of inputs:
+slices [in / order, out, kernel positions, order / 4 * N].
+"""
+
+import torch
+
+from .build import library
+
+ROWS = 0
+
+
+def best(shape: tuple[int, ...], stride: int, kept: int, dtype: torch.dtype) -> int:
+    """The order of the fastest kernel here for a weight [out, in, ...] with `kept` of every 4, computed in `dtype`."""
+    outputs, inputs, *kernel = shape
+    side = kernel[0] if kernel else 1
+    if library() is None or dtype != torch.float32 or stride != 1 or kernel and kernel != [side, side]:
+        return ROWS
+    return library().sparsedm_slice(inputs, outputs, side, kept)
+
+
+def arranged(values: torch.Tensor, positions: torch.Tensor, spots: int, kept: int, order: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [out, kept inputs] and positions that lie in ROWS, of a kernel with so many `spots`, in another order."""
+    return _moved(values, positions, kept, order, lambda x, share: x.reshape(len(values), spots, -1, share).permute(2, 0, 1, 3))
+
+
+def rows(values: torch.Tensor, positions: torch.Tensor, spots: int, kept: int, order: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `arranged` was given."""
+    return _moved(values, positions, kept, order, lambda x, share: x.reshape(-1, len(values), spots, share).permute(1, 2, 0, 3))
+
+
+def _moved(values, positions, kept, order, move):
+    if order == ROWS:
+        return values, positions
+    share = order // 4 * kept  # values of an output, a kernel position and a slice; four positions are a byte
+    return move(values, share).reshape(values.shape), move(positions, share // 4).reshape(positions.shape)
