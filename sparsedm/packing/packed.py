@@ -96,15 +96,19 @@ class _CPULayer(PackedLayer):
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         wanted = torch.get_autocast_dtype(device) if autocast else values.dtype
         dtype = torch.bfloat16 if wanted == torch.bfloat16 and self._bfloat else torch.float32  # that for float16, too
-        bias = None if bias is None else bias.to(dtype)
-        y = self._run(input.to(dtype), values.to(dtype), bias)
-        return y.to(wanted if autocast else input.dtype)
+        y = self._run(_cast(input, dtype), _cast(values, dtype), None if bias is None else _cast(bias, dtype))
+        return _cast(y, wanted if autocast else input.dtype)
 
     def kept(self) -> torch.Tensor:
         return self.values
 
     def dense_weight(self) -> torch.Tensor:
         return tensors.unpack(*self._rows(), self.pattern, self.weight_shape)
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `x.to(dtype)`, which takes long to find out that there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 class PackedLinear(_CPULayer):

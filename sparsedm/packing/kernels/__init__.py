@@ -102,13 +102,12 @@ def _check(x, values, positions, bias, inputs: int, channels: int, order: int) -
     """Kept weights per group of 4, or a ValueError."""
     if values.dim() != 2:
         raise ValueError(f"values are [out, kept inputs], not {list(values.shape)}")
-    outputs, kind = values.shape[0], (x.dtype, x.device)
-    alike = (values.dtype, values.device) == kind and (bias is None or (bias.dtype, bias.device) == kind)
-    alike = alike and positions.device == x.device
-    if not alike or x.device.type != "cpu" or positions.dtype != torch.uint8:
+    outputs, dtype = values.shape[0], x.dtype
+    alike = values.dtype == dtype and (bias is None or (bias.dtype == dtype and bias.is_cpu))
+    if not (alike and x.is_cpu and values.is_cpu and positions.is_cpu and positions.dtype == torch.uint8):
         raise ValueError("the packed kernels take x, values and bias of one dtype, and uint8 positions, on the CPU")
     kept = values.shape[1] * 4 // inputs if inputs else 0
-    reason = why_not(inputs, outputs, kept, x.dtype)
+    reason = why_not(inputs, outputs, kept, dtype)
     if reason:
         raise ValueError(f"{reason}; sparsedm.unpack gives plain layers")
     fits = values.shape[1] * 4 == inputs * kept and positions.numel() * 4 == values.numel()

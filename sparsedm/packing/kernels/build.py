@@ -4,7 +4,6 @@ A library is loaded only if it is whole, and if nobody but its user could have w
 """
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -27,24 +26,26 @@ EXTRA_FLAGS = "SPARSEDM_KERNEL_FLAGS"  # more compiler flags, as for a sanitizer
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _CHECKSUM = hashlib.sha256().digest_size
 _lock = threading.Lock()
+_loaded: tuple[ctypes.CDLL | None, str] | None = None  # what `_load` gave: packed layers ask at every call, without the lock
 
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None if there are none (then a warning has said why, once)."""
-    return _loaded()[0]
+    return (_loaded or _load_once())[0]
 
 
 def why_off() -> str:
     """Why there are no compiled kernels, or ""."""
-    return _loaded()[1]
+    return (_loaded or _load_once())[1]
 
 
-def _loaded() -> tuple[ctypes.CDLL | None, str]:
+def _load_once() -> tuple[ctypes.CDLL | None, str]:
+    global _loaded
     with _lock:  # two threads must not compile at once
-        return _load()
+        _loaded = _loaded or _load()
+    return _loaded
 
 
-@functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get(DISABLE):
         return None, f"{DISABLE} is set"

@@ -4,6 +4,8 @@ ROWS is that of files: values [out, kernel positions, in / 4 * N], positions lik
 slices [in / order, out, kernel positions, order / 4 * N].
 """
 
+import functools
+
 import torch
 
 from .build import library
@@ -11,6 +13,7 @@ from .build import library
 ROWS = 0
 
 
+@functools.cache
 def best(shape: tuple[int, ...], stride: int, kept: int, dtype: torch.dtype) -> int:
     """The order of the fastest kernel here for a weight [out, in, ...] with `kept` of every 4, computed in `dtype`."""
     outputs, inputs, *kernel = shape
@@ -20,12 +23,15 @@ def best(shape: tuple[int, ...], stride: int, kept: int, dtype: torch.dtype) -> 
     return library().sparsedm_slice(inputs, outputs, side, kept)
 
 
-def arranged(values: torch.Tensor, positions: torch.Tensor, spots: int, kept: int, order: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values [out, kept inputs] and positions that lie in ROWS, of a kernel with so many `spots`, in another order."""
+Packed = tuple[torch.Tensor, torch.Tensor]  # values [out, kept inputs] and positions
+
+
+def arranged(values: torch.Tensor, positions: torch.Tensor, spots: int, kept: int, order: int) -> Packed:
+    """Values and positions that lie in ROWS, of a kernel with so many `spots`, in another order."""
     return _moved(values, positions, kept, order, lambda x, share: x.reshape(len(values), spots, -1, share).permute(2, 0, 1, 3))
 
 
-def rows(values: torch.Tensor, positions: torch.Tensor, spots: int, kept: int, order: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rows(values: torch.Tensor, positions: torch.Tensor, spots: int, kept: int, order: int) -> Packed:
     """What `arranged` was given."""
     return _moved(values, positions, kept, order, lambda x, share: x.reshape(-1, len(values), spots, share).permute(1, 2, 0, 3))
 
