@@ -55,11 +55,13 @@ def nm4_linear(
     kept = _check(x, values, positions, bias, inputs, inputs, order)
     y = x.new_empty(*x.shape[:-1], outputs)
     tokens = x.numel() // inputs
-    if order and orders.best((outputs, inputs), 1, kept, x.dtype) == order:
-        _call("sparsedm_sliced_linear", (x, values, positions, bias, y), tokens, inputs, outputs, kept)
-        return y
-    values, positions = orders.rows(values, positions, 1, kept, order)
-    _call("sparsedm_nm4_linear", (x, values, positions, bias, y), x.dtype == torch.bfloat16, tokens, inputs, outputs, kept)
+    if x.dtype == torch.float32 and order:
+        if orders.best((outputs, inputs), 1, kept, x.dtype) == order:
+            _call("sparsedm_sliced_linear", (x, values, positions, bias, y), tokens, inputs, outputs, kept)
+            return y
+        (values, positions), order = orders.rows(values, positions, 1, kept, order), orders.ROWS
+    sizes = (tokens, inputs, outputs, kept, order)
+    _call("sparsedm_nm4_linear", (x, values, positions, bias, y), x.dtype == torch.bfloat16, *sizes)
     return y
 
 
@@ -89,11 +91,12 @@ def nm4_conv2d(
     kept = _check(x, values, positions, bias, channels * kernel[0] * kernel[1], channels, order)
     y = _conv_shape(x, values, positions, bias, kernel, stride, padding)
     sizes, outputs = (images, channels, height, width, values.shape[0]), values.shape[0]
-    if order and orders.best((outputs, channels, *kernel), stride, kept, x.dtype) == order:
-        _call("sparsedm_sliced_conv2d", (x, values, positions, bias, y), *sizes, kernel[0], padding, kept)
-        return y
-    values, positions = orders.rows(values, positions, kernel[0] * kernel[1], kept, order)
-    sizes = (x.dtype == torch.bfloat16, *sizes, *kernel, stride, padding, kept)
+    if x.dtype == torch.float32 and order:
+        if orders.best((outputs, channels, *kernel), stride, kept, x.dtype) == order:
+            _call("sparsedm_sliced_conv2d", (x, values, positions, bias, y), *sizes, kernel[0], padding, kept)
+            return y
+        (values, positions), order = orders.rows(values, positions, kernel[0] * kernel[1], kept, order), orders.ROWS
+    sizes = (x.dtype == torch.bfloat16, *sizes, *kernel, stride, padding, kept, order)
     _call("sparsedm_nm4_conv2d", (x, values, positions, bias, y), *sizes)
     return y
 
@@ -113,7 +116,9 @@ def _check(x, values, positions, bias, inputs: int, channels: int, order: int) -
     fits = values.shape[1] * 4 == inputs * kept and positions.numel() * 4 == values.numel()
     if not fits or (bias is not None and bias.shape != (outputs,)):
         raise ValueError(f"x {list(x.shape)}, values {list(values.shape)} and {positions.numel()} bytes of positions do not fit")
-    if order and (order < 0 or order * kept % 16 or channels % order):
+    in_slices = order > 0 and order % 8 == 0 and order * kept % 16 == 0 and channels % order == 0
+    in_pairs = order == orders.PAIRS and kept == 2 and inputs % 8 == 0 and outputs % 2 == 0
+    if order and not (in_slices or in_pairs):
         raise ValueError(f"{channels} inputs have no packed kernel of order {order}")
     return kept
 

@@ -63,8 +63,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
-    kernels.sparsedm_nm4_linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5
-    kernels.sparsedm_nm4_conv2d.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 11
+    kernels.sparsedm_nm4_linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6
+    kernels.sparsedm_nm4_conv2d.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 12
     kernels.sparsedm_slice.argtypes, kernels.sparsedm_slice.restype = [ctypes.c_int64] * 4, ctypes.c_int64
     kernels.sparsedm_sliced_linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
     kernels.sparsedm_sliced_conv2d.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8

@@ -16,6 +16,7 @@
 #endif
 
 constexpr int64_t kSlice = 24 * 1024;  // bytes of a panel slice: in every L1 cache, with room for weights and sums
+constexpr int64_t kRowOrder = 0, kPairs = -1;  // orders of weights, as in orders.py; others are slices
 constexpr double kMostBytes = 1e12;    // of the padded copy of x
 
 typedef float Vec __attribute__((vector_size(kBytes)));
@@ -30,6 +31,7 @@ struct Weights {
   const uint8_t* positions;
   const float* bias;
   int64_t inputs, outputs;
+  int64_t order, spots;  // kRows, kPairs, or the inputs of a slice for each of the kernel's positions
 };
 
 // float32. A panel row is one input; a kept weight is broadcast and multiplied with the row that its position names. Bound by
@@ -123,32 +125,41 @@ template <int kVectors>
 struct Bfloat {
   typedef uint16_t Value;
   typedef uint64_t Element;
+  typedef uint64_t Word __attribute__((aligned(2), may_alias));
   static constexpr int kRowInputs = 4, kStep = 2, kTile = 5;  // pairs of outputs at a time: as many sums as registers hold
   static constexpr int64_t kWidth = kVectors * 8;
   static constexpr int64_t kRows = kSlice / (kWidth * 8);
 
-  explicit Bfloat(const Weights<uint16_t>& weights)
-      : w(weights),
-        groups(w.inputs / 4),
-        values(workspace<uint64_t, 0>(w.outputs / 2 * groups)),
-        codes(workspace<uint8_t, 1>(w.outputs / 2 * groups)) {
-    if (!ready()) return;
-    typedef uint32_t Kept __attribute__((aligned(2), may_alias));  // both kept weights of a group
-    const Kept* kept = reinterpret_cast<const Kept*>(w.values);
-#pragma omp parallel for
-    for (int64_t pair = 0; pair < w.outputs / 2; ++pair) {
-      uint64_t* value = values + pair * groups;
-      uint8_t* code = codes + pair * groups;
-      const Kept *one = kept + 2 * pair * groups, *other = one + groups;
-      const uint8_t *at_one = w.positions + pair * groups, *at_other = at_one + groups / 2;
-      for (int64_t g = 0; g < groups; ++g) value[g] = one[g] | static_cast<uint64_t>(other[g]) << 32;
-      for (int64_t g = 0; g < groups / 2; ++g) {
-        code[2 * g] = (at_one[g] & 15) | (at_other[g] & 15) << 4;
-        code[2 * g + 1] = at_one[g] >> 4 | (at_other[g] & 240);
-      }
+  explicit Bfloat(const Weights<uint16_t>& weights) : w(weights), groups(w.inputs / 4) {
+    if (w.order == kPairs) {
+      values = reinterpret_cast<const Word*>(w.values), codes = w.positions;
+      return;
     }
+    Word* const value = workspace<Word, 0>(w.outputs / 2 * groups);
+    uint8_t* const code = workspace<uint8_t, 1>(w.outputs / 2 * groups);
+    values = value, codes = code;
+    if (!ready()) return;
+#pragma omp parallel for
+    for (int64_t pair = 0; pair < w.outputs / 2; ++pair) make_pair(pair, value + pair * groups, code + pair * groups);
   }
   bool ready() const { return values && codes; }
+
+  // Values and positions of outputs 2 * pair and 2 * pair + 1, from rows (one slice) or slices.
+  void make_pair(int64_t pair, Word* value, uint8_t* code) const {
+    typedef uint32_t Kept __attribute__((aligned(2), may_alias));  // both kept weights of a group
+    const Kept* const kept = reinterpret_cast<const Kept*>(w.values);
+    const int64_t spots = w.order == kRowOrder ? 1 : w.spots, slice = w.order == kRowOrder ? groups : w.order / 4;
+    for (int64_t spot = 0; spot < spots; ++spot)
+      for (int64_t s = 0; s < groups / spots / slice; ++s, value += slice, code += slice) {
+        const int64_t at = ((s * w.outputs + 2 * pair) * spots + spot) * slice, other = at + spots * slice;
+        for (int64_t g = 0; g < slice; ++g) value[g] = kept[at + g] | static_cast<uint64_t>(kept[other + g]) << 32;
+        for (int64_t g = 0; g < slice; g += 2) {
+          const uint8_t one = w.positions[(at + g) / 2], two = w.positions[(other + g) / 2];
+          code[g] = (one & 15) | (two & 15) << 4;
+          code[g + 1] = one >> 4 | (two & 240);
+        }
+      }
+  }
 
   void start(int64_t first, int64_t last, float* sums) const {
     for (int64_t o = first; o < last; o += 2, sums += 2 * kWidth)
@@ -172,7 +183,7 @@ struct Bfloat {
   template <int kPairs>
   void add_tile(const uint64_t* panel, int64_t row, int64_t count, int64_t pair, float* sums) const {
     const __m512i second_token = _mm512_set4_epi64(0x0808080808080808, 0, 0x0808080808080808, 0);
-    const uint64_t* value = values + pair * groups + row;
+    const Word* value = values + pair * groups + row;
     const uint8_t* code = codes + pair * groups + row;
     __m512 total[kPairs][kVectors];
 #pragma GCC unroll 20
@@ -229,8 +240,8 @@ struct Bfloat {
 
   const Weights<uint16_t> w;
   const int64_t groups;
-  uint64_t* const values;  // of both outputs of a pair, [pair][group]
-  uint8_t* const codes;    // and their positions
+  const Word* values;    // of both outputs of a pair, [pair][group]
+  const uint8_t* codes;  // and their positions
 };
 #endif
 
@@ -471,7 +482,7 @@ static int with_width(const Layer& layer) {
 // Positions of a row of weights must begin at a whole byte, and a slice of 16 inputs too.
 template <template <class> class Layer>
 static int dispatch(const Layer<float>& layer, int64_t kept) {
-  if (kept < 1 || kept > 3 || layer.w.inputs < 4 || layer.w.inputs % 4 || layer.w.inputs * kept % 16) return kNoKernel;
+  if (layer.w.order != kRowOrder || kept < 1 || kept > 3 || layer.w.inputs < 4 || layer.w.inputs % 4 || layer.w.inputs * kept % 16) return kNoKernel;
   if (layer.columns() < 1 || layer.w.outputs < 1) return kDone;
   switch (kept) {
     case 1: return with_width<1>(layer);
@@ -496,6 +507,11 @@ static int dispatch([[maybe_unused]] const Layer<uint16_t>& layer, [[maybe_unuse
 #endif
 }
 
+// Whether sizes and order fit.
+static bool in_order(int64_t order, int64_t channels) {
+  return order == kRowOrder || order == kPairs || (order > 0 && order % 8 == 0 && channels % order == 0);
+}
+
 // The C interface: x, values and y are float32, or bfloat16 with `bfloat`; bias is float32 or null; all contiguous.
 extern "C" int sparsedm_has_bfloat() {
 #ifdef SPARSEDM_BF16
@@ -507,30 +523,34 @@ extern "C" int sparsedm_has_bfloat() {
 
 template <class Value>
 static int linear(const void* x, const void* values, const uint8_t* positions, const float* bias, void* y, int64_t tokens,
-                  int64_t inputs, int64_t outputs, int64_t kept) {
-  const Weights<Value> w = {static_cast<const Value*>(values), positions, bias, inputs, outputs};
+                  int64_t inputs, int64_t outputs, int64_t kept, int64_t order) {
+  if (!in_order(order, inputs)) return kNoKernel;
+  const Weights<Value> w = {static_cast<const Value*>(values), positions, bias, inputs, outputs, order, 1};
   return dispatch(Linear<Value>{w, static_cast<const Value*>(x), static_cast<Value*>(y), tokens}, kept);
 }
 
 extern "C" int sparsedm_nm4_linear(const void* x, const void* values, const uint8_t* positions, const float* bias, void* y,
-                                   int64_t bfloat, int64_t tokens, int64_t inputs, int64_t outputs, int64_t kept) {
-  return (bfloat ? linear<uint16_t> : linear<float>)(x, values, positions, bias, y, tokens, inputs, outputs, kept);
+                                   int64_t bfloat, int64_t tokens, int64_t inputs, int64_t outputs, int64_t kept,
+                                   int64_t order) {
+  return (bfloat ? linear<uint16_t> : linear<float>)(x, values, positions, bias, y, tokens, inputs, outputs, kept, order);
 }
 
 template <class Value>
 static int convolution(const void* x, const void* values, const uint8_t* positions, const float* bias, void* y, const Shape& s,
-                       int64_t outputs, int64_t kept) {
-  const Weights<Value> w = {static_cast<const Value*>(values), positions, bias, s.channels * s.kernel_h * s.kernel_w, outputs};
+                       int64_t outputs, int64_t kept, int64_t order) {
+  if (!in_order(order, s.channels)) return kNoKernel;
+  const int64_t spots = s.kernel_h * s.kernel_w;
+  const Weights<Value> w = {static_cast<const Value*>(values), positions, bias, s.channels * spots, outputs, order, spots};
   return dispatch(Convolution<Value>{w, static_cast<const Value*>(x), static_cast<Value*>(y), s}, kept);
 }
 
 extern "C" int sparsedm_nm4_conv2d(const void* x, const void* values, const uint8_t* positions, const float* bias, void* y,
                                    int64_t bfloat, int64_t images, int64_t channels, int64_t height, int64_t width,
                                    int64_t outputs, int64_t kernel_h, int64_t kernel_w, int64_t stride, int64_t padding,
-                                   int64_t kept) {
+                                   int64_t kept, int64_t order) {
   Shape s = {images, channels, height, width, kernel_h, kernel_w, stride, padding};
   if (!s.valid()) return kNoKernel;
   s.stride = std::min(stride, std::max(height, width) + 2 * padding);  // beyond the picture all strides read the same
   if (s.bytes() > kMostBytes) return kNoKernel;
-  return (bfloat ? convolution<uint16_t> : convolution<float>)(x, values, positions, bias, y, s, outputs, kept);
+  return (bfloat ? convolution<uint16_t> : convolution<float>)(x, values, positions, bias, y, s, outputs, kept, order);
 }
