@@ -652,6 +652,57 @@ def test_too_little_memory_is_an_error_and_not_the_end():
     assert same == "True" and whole == "torch.Size([1, 4, 1600, 1600])"
 
 
+# Tensors with no memory before their start or after their end: a sanitizer does not see what masked vector loads touch.
+_FENCED = """
+import ctypes, itertools, mmap, torch
+from sparsedm.masking import nm
+from sparsedm.packing import packed
+from sparsedm.packing.kernels import build, orders
+
+libc, page, kept = ctypes.CDLL(None), mmap.PAGESIZE, []
+
+def fenced(x, at_end):
+    size = x.numel() * x.element_size()
+    room = -(-size // page) * page
+    memory = mmap.mmap(-1, room + 2 * page)
+    kept.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert not any(libc.mprotect(ctypes.c_void_p(at), page, 0) for at in (start, start + page + room))
+    offset = page + (room - size if at_end else 0)
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape).copy_(x)
+
+def check(layer, x, name, *sizes):
+    layer.weight.data = nm.masked(layer.weight, nm.mask(layer.weight, "2:4")).detach()
+    m = packed.packed_layer(layer, "2:4")
+    assert m.order != orders.ROWS
+    expected = m(x)
+    for at_end in (False, True):
+        parts = [fenced(part, at_end) for part in (x, m.values.data, m.positions, m.bias, torch.zeros_like(expected))]
+        assert getattr(build.library(), name)(*(part.data_ptr() for part in parts), *sizes, 2) == 0
+        assert torch.equal(parts[-1], expected), (layer, x.shape)
+
+torch.manual_seed(0)
+with torch.no_grad():
+    for tokens, (inputs, outputs) in itertools.product((1, 15, 33, 120, 260), ((64, 8), (128, 264))):
+        sizes = tokens, inputs, outputs
+        check(torch.nn.Linear(inputs, outputs), torch.randn(tokens, inputs), "sparsedm_sliced_linear", *sizes)
+    maps = [(1, 1), (2, 2), (4, 4), (8, 8), (5, 7), (3, 20), (16, 16), (9, 40), (17, 33)]
+    for (height, width), images, (channels, kernel, padding) in itertools.product(
+        maps, (1, 3), ((8, 3, 1), (16, 3, 2), (32, 3, 1), (64, 1, 0), (64, 1, 1))
+    ):
+        conv, x = torch.nn.Conv2d(channels, 16, kernel, padding=padding), torch.randn(images, channels, height, width)
+        check(conv, x, "sparsedm_sliced_conv2d", *x.shape, 16, kernel, padding)
+print("within bounds")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")
+@pytest.mark.skipif(not orders.best((16, 16, 3, 3), 1, 2, torch.float32), reason="no AVX-512")
+def test_sliced_kernels_touch_nothing_beyond_their_tensors():
+    done = subprocess.run([sys.executable, "-c", _FENCED], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "within bounds\n", done.stderr
+
+
 # --- the compiled library ---------------------------------------------------------------------------------------------
 
 
