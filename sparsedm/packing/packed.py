@@ -122,7 +122,7 @@ class PackedLinear(_CPULayer):
         self._choose_kernel()
 
     def _run(self, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return torch.ops.sparsedm.nm4_linear(x, values, self.positions, bias, self.order)
+        return torch.ops.sparsedm.nm4_linear.default(x, values, self.positions, bias, self.order)
 
     def plain(self) -> nn.Linear:
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None)
@@ -144,7 +144,7 @@ class PackedConv2d(_CPULayer):
 
     def _run(self, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         kernel, stride, padding = list(self.kernel_size), self.stride[0], self.padding[0]
-        return torch.ops.sparsedm.nm4_conv2d(x, values, self.positions, bias, kernel, stride, padding, self.order)
+        return torch.ops.sparsedm.nm4_conv2d.default(x, values, self.positions, bias, kernel, stride, padding, self.order)
 
     def plain(self) -> nn.Conv2d:
         outputs, inputs = self.weight_shape[:2]
