@@ -78,10 +78,11 @@ class _CPULayer(PackedLayer):
             destination[prefix + "values"], destination[prefix + "positions"] = self._rows()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        found = [state_dict.get(prefix + name) for name in ("values", "positions")]
-        if all(x is not None and x.shape == own.shape for x, own in zip(found, (self.values, self.positions), strict=True)):
-            values, positions = orders.arranged(*found, self._spots(), self.pattern.n, self.order)
-            state_dict = state_dict | {prefix + "values": values, prefix + "positions": positions}
+        own = dict(zip(("values", "positions"), self._rows(), strict=True))
+        found = {name: state_dict.get(prefix + name, tensor) for name, tensor in own.items()}
+        if all(found[name].shape == tensor.shape for name, tensor in own.items()):  # others are refused below
+            arranged = orders.arranged(*found.values(), self._spots(), self.pattern.n, self.order)
+            state_dict = state_dict | {prefix + k: x for k, x in zip(own, arranged, strict=True) if prefix + k in state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._choose_kernel()
 

@@ -2,7 +2,8 @@
 //
 // Activations go into panels: the same inputs of up to 128 tokens or output pixels side by side, so that vectors run over
 // columns, not over outputs, and the zeros are never loaded. Panels are cut into slices that fit the L1 cache; every output adds
-// up the products of a slice before the next one comes. Plain C interface, no torch headers.
+// up the products of a slice before the next one comes. Plain C interface, no torch headers. nm_slices.cpp has a faster form for
+// some layers.
 //
 // Weights are [outputs, inputs / 4 * kept] values and two-bit positions in the same order, rows starting at whole bytes. The
 // inputs of a convolution are (kernel row, kernel column, channel), channel fastest.
@@ -135,9 +136,9 @@ struct Bfloat {
       values = reinterpret_cast<const Word*>(w.values), codes = w.positions;
       return;
     }
-    Word* const value = workspace<Word, 0>(w.outputs / 2 * groups);
+    uint64_t* const value = workspace<uint64_t, 0>(w.outputs / 2 * groups);
     uint8_t* const code = workspace<uint8_t, 1>(w.outputs / 2 * groups);
-    values = value, codes = code;
+    values = reinterpret_cast<const Word*>(value), codes = code;
     if (!ready()) return;
 #pragma omp parallel for
     for (int64_t pair = 0; pair < w.outputs / 2; ++pair) make_pair(pair, value + pair * groups, code + pair * groups);
@@ -145,7 +146,7 @@ struct Bfloat {
   bool ready() const { return values && codes; }
 
   // Values and positions of outputs 2 * pair and 2 * pair + 1, from rows (one slice) or slices.
-  void make_pair(int64_t pair, Word* value, uint8_t* code) const {
+  void make_pair(int64_t pair, uint64_t* value, uint8_t* code) const {
     typedef uint32_t Kept __attribute__((aligned(2), may_alias));  // both kept weights of a group
     const Kept* const kept = reinterpret_cast<const Kept*>(w.values);
     const int64_t spots = w.order == kRowOrder ? 1 : w.spots, slice = w.order == kRowOrder ? groups : w.order / 4;

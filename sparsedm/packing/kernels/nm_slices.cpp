@@ -27,9 +27,11 @@ template <int kKept_, int kKernel_, int kInputs_, int kRows_, int kVectors_, int
 struct Form {
   static constexpr int kKept = kKept_, kKernel = kKernel_, kInputs = kInputs_, kRows = kRows_, kVectors = kVectors_;
   static constexpr int kAtOnce = kAtOnce_, kStrips = kVectors / kRows, kHigh = kRows + kKernel - 1, kWidth = kVectors * 16;
-  static constexpr int kWeights = kKernel * kKernel * kInputs / 4 * kKept, kBytes = kWeights / 4;  // an output's in a slice
-  static constexpr int kStrip = kHigh * kInputs * 16, kColumn = kStrips * kStrip, kFloats = kKernel * kColumn;  // of the panel
-  static_assert(kWeights % 4 == 0 && kBytes >= 8);
+  // Of an output in a slice.
+  static constexpr int kWeights = kKernel * kKernel * kInputs / 4 * kKept, kPositionBytes = kWeights / 4;
+  // Floats of the panel, for a strip and a kernel column.
+  static constexpr int kStrip = kHigh * kInputs * 16, kColumn = kStrips * kStrip, kFloats = kKernel * kColumn;
+  static_assert(kWeights % 4 == 0 && kPositionBytes >= 8);
 
   // Where in the panel a vector begins, and the group of a weight for the first vector.
   static constexpr int vector(int v) { return v / kRows * kStrip + v % kRows * kInputs * 16; }
@@ -38,7 +40,7 @@ struct Form {
     return position % kKernel * kColumn + (position / kKernel * kInputs + 4 * group) * 16;
   }
   // The eight bytes that have a weight's position, without a byte beyond the last one.
-  static constexpr int byte(int weight) { return std::min(weight / 32 * 8, kBytes - 8); }
+  static constexpr int byte(int weight) { return std::min(weight / 32 * 8, kPositionBytes - 8); }
 };
 
 struct Weights {
@@ -74,7 +76,7 @@ SPARSEDM_INLINE void add_four(const float* panel, const float* values, const uin
 #pragma GCC unroll 8
   for (int o = 0; o < F::kAtOnce; ++o) {
     four[o] = _mm512_broadcast_f32x4(_mm_loadu_ps(values + o * F::kWeights + kFirst));
-    if (kFirst % 32 == 0) std::memcpy(positions + o, bytes + o * F::kBytes + F::byte(kFirst), 8);
+    if (kFirst % 32 == 0) std::memcpy(positions + o, bytes + o * F::kPositionBytes + F::byte(kFirst), 8);
   }
   add_weight<F, kFirst>(panel, four, positions, sums);
   add_weight<F, kFirst + 1>(panel, four, positions, sums);
@@ -94,7 +96,7 @@ template <class F>
 __attribute__((noinline)) void add_slice(const float* panel, const Weights& w, int64_t slice, int64_t first, int64_t last,
                                          float* sums) {
   const float* values = w.values + (slice * w.outputs + first) * F::kWeights;
-  const uint8_t* positions = w.positions + (slice * w.outputs + first) * F::kBytes;
+  const uint8_t* positions = w.positions + (slice * w.outputs + first) * F::kPositionBytes;
   for (int64_t o = first; o < last; o += F::kAtOnce, sums += F::kAtOnce * F::kWidth) {
     Sums<F> s;
 #pragma GCC unroll 8
@@ -103,7 +105,7 @@ __attribute__((noinline)) void add_slice(const float* panel, const Weights& w, i
 #pragma GCC unroll 8
     for (int i = 0; i < F::kAtOnce * F::kVectors; ++i) _mm512_store_ps(sums + i * 16, s.total[i / F::kVectors][i % F::kVectors]);
     values += F::kAtOnce * F::kWeights;
-    positions += F::kAtOnce * F::kBytes;
+    positions += F::kAtOnce * F::kPositionBytes;
   }
 }
 
@@ -125,7 +127,8 @@ int64_t share(int64_t tiles, int64_t outputs) {
   return best;
 }
 
-// Calls work(tile, first output, last output, panel, sums) for all tiles and shares of outputs, by all threads.
+// Calls work(tile, first output, last output, panel, sums, whether the panel was last used for another tile) for all tiles and
+// shares of outputs, by all threads.
 template <class Work>
 int for_all(int64_t tiles, int64_t outputs, int64_t panel_floats, const Work& work) {
   const int64_t chunk = share(tiles, outputs), chunks = (outputs + chunk - 1) / chunk;
@@ -290,7 +293,8 @@ struct Tokens {
 template <int kKept, int kVectors>
 void multiply(const Tokens& t, const Weights& w, int64_t token, int64_t count, int64_t first, int64_t last, float* panel,
               float* sums, bool fresh) {
-  typedef Form<kKept, 1, kLinearInputs, kVectors, kVectors, kVectors < 2 ? 8 : kVectors < 3 ? 4 : kVectors < 5 ? 2 : 1> F;
+  constexpr int at_once = kVectors == 1 ? 8 : kVectors == 2 ? 4 : kVectors <= 4 ? 2 : 1;
+  typedef Form<kKept, 1, kLinearInputs, kVectors, kVectors, at_once> F;
   if (fresh) {
     if (count < F::kWidth) std::fill_n(panel, w.slices * F::kFloats, 0.0f);
     for (int64_t s = 0; s < w.slices; ++s)
