@@ -576,7 +576,7 @@ def test_compile_and_export_keep_the_operators():
     assert torch.equal(exported.module()(x), expected)
 
 
-SANITIZER = "-fsanitize=address,undefined -fno-sanitize-recover=all -g -O1"
+SANITIZER = "-fsanitize=address,undefined -fno-sanitize-recover=all -g1 -O1"
 # A tensor that has lost its end: proof that the sanitizer sees what kernels read, whatever their interface.
 _READ_TOO_FAR = """
 import torch, sparsedm.packing.kernels

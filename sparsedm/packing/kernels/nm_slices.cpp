@@ -15,7 +15,10 @@
 #if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__BMI2__)
 #include <immintrin.h>
 #define SPARSEDM_SLICES 1
-#define SPARSEDM_INLINE inline __attribute__((always_inline))
+// What is unrolled has no sanitizer, which would take minutes to compile: the panel's bounds are asserted below, and a test puts
+// weights and positions between pages without memory.
+#define SPARSEDM_UNROLLED __attribute__((no_sanitize_address, no_sanitize_undefined))
+#define SPARSEDM_INLINE SPARSEDM_UNROLLED inline __attribute__((always_inline))
 
 namespace {
 
@@ -31,7 +34,7 @@ struct Form {
   static constexpr int kWeights = kKernel * kKernel * kInputs / 4 * kKept, kPositionBytes = kWeights / 4;
   // Floats of the panel, for a strip and a kernel column.
   static constexpr int kStrip = kHigh * kInputs * 16, kColumn = kStrips * kStrip, kFloats = kKernel * kColumn;
-  static_assert(kWeights % 4 == 0 && kPositionBytes >= 8);
+  static_assert(kWeights % 4 == 0 && kPositionBytes >= 8 && kVectors % kRows == 0);
 
   // Where in the panel a vector begins, and the group of a weight for the first vector.
   static constexpr int vector(int v) { return v / kRows * kStrip + v % kRows * kInputs * 16; }
@@ -87,14 +90,15 @@ SPARSEDM_INLINE void add_four(const float* panel, const float* values, const uin
 template <class F, int... kFour>
 SPARSEDM_INLINE void add_all(const float* panel, const float* values, const uint8_t* bytes, Sums<F>& sums,
                              std::integer_sequence<int, kFour...>) {
+  static_assert(F::group(F::kWeights - 1) + F::vector(F::kVectors - 1) + 4 * 16 == F::kFloats);  // the last group of the panel
   uint64_t positions[F::kAtOnce];
   (add_four<F, 4 * kFour>(panel, values, bytes, positions, sums), ...);
 }
 
 // Add a slice's products to the sums [output][F::kWidth] of outputs first..last, a multiple of 8.
 template <class F>
-__attribute__((noinline)) void add_slice(const float* panel, const Weights& w, int64_t slice, int64_t first, int64_t last,
-                                         float* sums) {
+SPARSEDM_UNROLLED __attribute__((noinline)) void add_slice(const float* panel, const Weights& w, int64_t slice, int64_t first,
+                                                           int64_t last, float* sums) {
   const float* values = w.values + (slice * w.outputs + first) * F::kWeights;
   const uint8_t* positions = w.positions + (slice * w.outputs + first) * F::kPositionBytes;
   for (int64_t o = first; o < last; o += F::kAtOnce, sums += F::kAtOnce * F::kWidth) {
@@ -173,7 +177,7 @@ struct Strips {
 
 // Pixels that the mask names; the others are zero, and are not touched in memory.
 template <int kLanes>
-SPARSEDM_INLINE void load_pixels(const float* from, __mmask16 mask, float* to) {
+inline void load_pixels(const float* from, __mmask16 mask, float* to) {
   if constexpr (kLanes == 16)
     _mm512_store_ps(to, _mm512_maskz_loadu_ps(mask, from));
   else if constexpr (kLanes == 8)
@@ -183,7 +187,7 @@ SPARSEDM_INLINE void load_pixels(const float* from, __mmask16 mask, float* to) {
 }
 
 template <int kLanes>
-SPARSEDM_INLINE void store_pixels(const float* from, __mmask16 mask, float* to) {
+inline void store_pixels(const float* from, __mmask16 mask, float* to) {
   if constexpr (kLanes == 16)
     _mm512_mask_storeu_ps(to, mask, _mm512_load_ps(from));
   else if constexpr (kLanes == 8)
