@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from sparsedm.masking import nm
 from sparsedm.measure import speed
-from sparsedm.packing import kernels, packed
-from sparsedm.packing.kernels import build
+from sparsedm.packing import kernels, packed, tensors
+from sparsedm.packing.kernels import build, orders
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler for the packed kernels")
 
@@ -141,8 +141,9 @@ def linear_cases(draw, most_tokens: int = 300) -> LinearCase:
     dtype = draw(DTYPES)
     pattern, tokens = draw(st.sampled_from(KINDS[dtype].patterns)), st.integers(0, most_tokens)
     leading = draw(st.one_of(tokens.map(lambda n: (n,)), st.lists(st.integers(1, 5), max_size=3).map(tuple)))
-    outputs = KINDS[dtype].rounded(draw(st.one_of(st.sampled_from([1, 3, 17, 256, 257]), st.integers(1, 70))))
-    inputs, layout = _channels(draw, pattern, 1, 208), draw(st.sampled_from([*LAYOUTS]))
+    outputs = KINDS[dtype].rounded(draw(st.one_of(st.sampled_from([1, 3, 17, 40, 256, 257]), st.integers(1, 70))))
+    inputs = draw(st.sampled_from([64, 128])) if draw(st.booleans()) else _channels(draw, pattern, 1, 208)
+    layout = draw(st.sampled_from([*LAYOUTS]))
     return LinearCase(dtype, pattern, inputs, outputs, draw(st.booleans()), leading, layout, draw(SEEDS))
 
 
@@ -152,7 +153,7 @@ def convolution_cases(draw, most: int = 19) -> ConvolutionCase:
     pattern, stride, padding = draw(st.sampled_from(KINDS[dtype].patterns)), draw(st.integers(1, 3)), draw(st.integers(0, 2))
     height, width = (draw(st.integers(max(1, k - 2 * padding), most)) for k in kernel)
     channels = _channels(draw, pattern, kernel[0] * kernel[1], 80 if kernel == (1, 1) else 24)
-    outputs = KINDS[dtype].rounded(draw(st.one_of(st.sampled_from([1, 3, 17]), st.integers(1, 70))))
+    outputs = KINDS[dtype].rounded(draw(st.one_of(st.sampled_from([1, 3, 8, 17, 40]), st.integers(1, 70))))
     size, layout = (draw(st.integers(1, 3)), height, width), draw(st.sampled_from([*LAYOUTS, *CHANNELS_LAST]))
     bias, seed = draw(st.booleans()), draw(SEEDS)
     return ConvolutionCase(dtype, pattern, channels, outputs, bias, kernel, stride, padding, size, layout, seed)
@@ -195,6 +196,21 @@ def test_convolution_at_the_edges_of_blocks_and_images(dtype, pattern, size):
         assert_same(layer, torch.randn(images, 16, height, width, dtype=dtype), pattern)
 
 
+@pytest.mark.parametrize("images", [1, 2, 3])
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (4, 4), (8, 8), (8, 4), (16, 16), (3, 20), (9, 40), (17, 33)], ids=str)
+def test_convolution_at_the_edges_of_strips(images, size):
+    for channels, kernel, padding in [(32, 3, 1), (8, 3, 2), (16, 3, 1), (64, 1, 0), (64, 1, 1)]:
+        layer, x = sparse(nn.Conv2d(channels, 24, kernel, padding=padding)), torch.randn(images, channels, *size)
+        assert_same(layer, x)
+
+
+@per_dtype
+def test_sliced_weights_with_more_outputs_than_a_block(dtype):
+    for layer, size in [(nn.Linear(128, 600), (130,)), (nn.Conv2d(16, 600, 3, padding=1), (2, 16, 5, 5))]:
+        x = torch.randn(*size, 128) if isinstance(layer, nn.Linear) else torch.randn(size)
+        assert_same(sparse(layer).to(dtype), x.to(dtype))
+
+
 @per_dtype_and_pattern
 def test_convolution_with_more_outputs_than_a_block(dtype, pattern):
     layer = sparse(nn.Conv2d(16, 600, 3, padding=1), pattern).to(dtype)
@@ -220,16 +236,17 @@ def operate(packed_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The operator of the layer, called without it."""
     m = packed_layer
     if isinstance(m, packed.PackedLinear):
-        return torch.ops.sparsedm.nm4_linear(x, m.values, m.positions, m.bias)
+        return torch.ops.sparsedm.nm4_linear(x, m.values, m.positions, m.bias, m.order)
     kernel, stride, padding = list(m.kernel_size), m.stride[0], m.padding[0]
-    return torch.ops.sparsedm.nm4_conv2d(x, m.values, m.positions, m.bias, kernel, stride, padding)
+    return torch.ops.sparsedm.nm4_conv2d(x, m.values, m.positions, m.bias, kernel, stride, padding, m.order)
 
 
 def weight_of(m: nn.Module) -> torch.Tensor:
     """The dense weight that `values` and `positions` stand for: two bits a position, repeated ones added up."""
-    positions = (m.positions[:, None].long() >> torch.arange(0, 8, 2)) & 3
+    state = m.state_dict()
+    positions = (state["positions"][:, None].long() >> torch.arange(0, 8, 2)) & 3
     outputs, inputs, *rest = m.weight_shape
-    values = m.values.double().reshape(outputs, -1, m.pattern.n)
+    values = state["values"].double().reshape(outputs, -1, m.pattern.n)
     groups = values.new_zeros(*values.shape[:2], 4).scatter_add_(-1, positions.reshape(values.shape), values)
     return groups.view(outputs, *rest, inputs).movedim(-1, 1)
 
@@ -250,6 +267,81 @@ def test_operators_read_any_bytes_as_two_bit_positions_within_the_group(case, fi
     if m.bias is not None:
         layer.bias.data = m.bias.double()
     assert_same(layer, x, result=operate(m, x))
+
+
+# Layers that have kernels of every order, and the shapes of their inputs.
+ORDERED = {
+    "linear": (lambda: nn.Linear(128, 16), (5, 128)),
+    "3x3": (lambda: nn.Conv2d(32, 16, 3, padding=1), (2, 32, 4, 4)),
+    "1x1": (lambda: nn.Conv2d(64, 8, 1), (2, 64, 4, 4)),
+}
+
+
+@pytest.fixture(params=ORDERED)
+def ordered(request):
+    """A folded 2:4 layer and its input, in float32."""
+    make, shape = ORDERED[request.param]
+    return sparse(make()), torch.randn(shape)
+
+
+@per_dtype
+def test_state_dicts_hold_rows_and_survive_changes_of_the_order(ordered, dtype):
+    layer, x = (part.to(dtype) for part in ordered)
+    m, (values, positions) = pack(layer), tensors.pack(layer.weight, "2:4")
+    state = m.state_dict()
+    assert torch.equal(state["values"], values) and torch.equal(state["positions"], positions)
+    assert torch.equal(m.dense_weight(), layer.weight)
+    for assign in (False, True):
+        other = pack(sparse(copy.deepcopy(layer).float()).to(dtype))
+        other.values.data.zero_()
+        other.load_state_dict(state, assign=assign)
+        assert torch.equal(other.dense_weight(), layer.weight)
+    other = copy.deepcopy(m)
+    other.load_state_dict({"values": 2 * values}, strict=False)
+    assert torch.equal(other.dense_weight(), 2 * layer.weight)
+    there_and_back = copy.deepcopy(m).bfloat16().float()  # other kernels in between
+    assert torch.equal(there_and_back.dense_weight(), layer.weight.bfloat16().float())
+    assert torch.equal(pickle.loads(pickle.dumps(m))(x), m(x))
+
+
+@per_dtype
+@torch.no_grad()
+def test_operators_take_every_order(ordered, dtype):
+    layer, x = (part.to(dtype) for part in ordered)
+    m, spots = pack(layer), layer.weight[0, 0].numel()
+    rows = tensors.pack(layer.weight, "2:4")
+    for order in (orders.ROWS, orders.PAIRS, 8, 16, 32, m.order):
+        m.order, (m.values.data, m.positions) = order, orders.arranged(*rows, spots, 2, order)
+        assert all(map(torch.equal, orders.rows(m.values, m.positions, spots, 2, order), rows))
+        assert_same(layer, x, result=operate(m, x))
+
+
+@pytest.mark.skipif(torch.bfloat16 not in KINDS, reason="no AVX512-BF16")
+@torch.no_grad()
+def test_float32_layers_in_slices_compute_in_bfloat16_under_autocast(ordered):
+    layer, x = ordered
+    m = pack(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = m(x)
+    assert_same(layer.bfloat16(), x.bfloat16(), result=result)
+
+
+@pytest.mark.parametrize("order", [-2, 3, 4, 12, 24, 64])
+def test_orders_that_do_not_fit_are_refused(order):
+    values, positions = tensors.pack(sparse(nn.Linear(32, 8)).weight, "2:4")
+    with pytest.raises(ValueError, match=f"32 inputs have no packed kernel of order {order}"):
+        torch.ops.sparsedm.nm4_linear(torch.randn(2, 32), values, positions, None, order)
+
+
+def test_the_c_interface_refuses_kernels_larger_than_the_map():
+    m = pack(sparse(nn.Conv2d(16, 8, 3, 2)))
+    x, y = torch.randn(1, 16, 2, 2), torch.full((1, 8, 1, 1), 7.0)
+    pointers = x.data_ptr(), m.values.data_ptr(), m.positions.data_ptr(), None, y.data_ptr()
+    refused = [
+        build.library().sparsedm_nm4_conv2d(*pointers, 0, 1, 16, 2, 2, 8, 3, 3, 2, 0, 2, orders.ROWS),
+        build.library().sparsedm_sliced_conv2d(*pointers, 1, 16, 2, 2, 8, 3, 0, 2),
+    ]
+    assert 0 not in refused and (y == 7).all()
 
 
 def _poisoned(x: torch.Tensor, where: torch.Tensor | bool = True) -> torch.Tensor:
@@ -484,7 +576,7 @@ def test_compile_and_export_keep_the_operators():
     assert torch.equal(exported.module()(x), expected)
 
 
-SANITIZER = "-fsanitize=address,undefined -fno-sanitize-recover=all -g -O1"
+SANITIZER = "-fsanitize=address,undefined -fno-sanitize-recover=all -g1 -O1"
 # A tensor that has lost its end: proof that the sanitizer sees what kernels read, whatever their interface.
 _READ_TOO_FAR = """
 import torch, sparsedm.packing.kernels
@@ -525,7 +617,7 @@ def test_address_sanitizer_finds_nothing_in_this_file(tmp_path):
     changes = {"CXX": compiler, "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
     caught = _with_kernels(SANITIZER, tmp_path, ("-c", _READ_TOO_FAR), **changes)
     assert caught.stdout == "within bounds\n" and caught.returncode, caught.stderr[-4000:]
-    assert "heap-buffer-overflow" in caught.stderr and build.SOURCE.name in caught.stderr
+    assert "heap-buffer-overflow" in caught.stderr and build.SOURCES[0].name in caught.stderr
     rest = "not sanitizer and not compile and not torchs and not narrower and not stacks and not memory"
     clean = _with_kernels(SANITIZER, tmp_path, (*_PYTEST, rest), **changes)
     assert not clean.returncode and "skipped" not in clean.stdout, (clean.stdout + clean.stderr)[-8000:]
@@ -535,13 +627,13 @@ _SHORT_OF_MEMORY = """
 import resource, torch
 from sparsedm.masking import nm
 from sparsedm.packing import packed
-conv = torch.nn.Conv2d(64, 8, 3, padding=1).requires_grad_(False)
+conv = torch.nn.Conv2d(64, 4, 3, padding=1).requires_grad_(False)  # a form that pads its maps
 conv.weight.copy_(nm.masked(conv.weight, nm.mask(conv.weight, "2:4")))
 fast = packed.packed_layer(conv.eval(), "2:4")
 small, large = torch.randn(1, 64, 8, 8), torch.zeros(1, 64, 1600, 1600)
 expected = fast(small)
 pages = int(open("/proc/self/statm").read().split()[0])
-used, output, padded = pages * resource.getpagesize(), 8 * 1600**2 * 4, 64 * 1602**2 * 4
+used, output, padded = pages * resource.getpagesize(), 4 * 1600**2 * 4, 64 * 1602**2 * 4
 limits = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (used + output + padded // 2, limits[1]))
 try:
@@ -560,7 +652,58 @@ def test_too_little_memory_is_an_error_and_not_the_end():
     assert done.returncode == 0, done.stderr
     first, same, whole = done.stdout.splitlines()
     assert "could not allocate its panels for x [1, 64, 1600, 1600]" in first
-    assert same == "True" and whole == "torch.Size([1, 8, 1600, 1600])"
+    assert same == "True" and whole == "torch.Size([1, 4, 1600, 1600])"
+
+
+# Tensors with no memory before their start or after their end: a sanitizer does not see what masked vector loads touch.
+_FENCED = """
+import ctypes, itertools, mmap, torch
+from sparsedm.masking import nm
+from sparsedm.packing import packed
+from sparsedm.packing.kernels import build, orders
+
+libc, page, kept = ctypes.CDLL(None), mmap.PAGESIZE, []
+
+def fenced(x, at_end):
+    size = x.numel() * x.element_size()
+    room = -(-size // page) * page
+    memory = mmap.mmap(-1, room + 2 * page)
+    kept.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert not any(libc.mprotect(ctypes.c_void_p(at), page, 0) for at in (start, start + page + room))
+    offset = page + (room - size if at_end else 0)
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape).copy_(x)
+
+def check(layer, x, name, *sizes):
+    layer.weight.data = nm.masked(layer.weight, nm.mask(layer.weight, "2:4")).detach()
+    m = packed.packed_layer(layer, "2:4")
+    assert m.order != orders.ROWS
+    expected = m(x)
+    for at_end in (False, True):
+        parts = [fenced(part, at_end) for part in (x, m.values.data, m.positions, m.bias, torch.zeros_like(expected))]
+        assert getattr(build.library(), name)(*(part.data_ptr() for part in parts), *sizes, 2) == 0
+        assert torch.equal(parts[-1], expected), (layer, x.shape)
+
+torch.manual_seed(0)
+with torch.no_grad():
+    for tokens, (inputs, outputs) in itertools.product((1, 15, 33, 120, 260), ((64, 8), (128, 264))):
+        sizes = tokens, inputs, outputs
+        check(torch.nn.Linear(inputs, outputs), torch.randn(tokens, inputs), "sparsedm_sliced_linear", *sizes)
+    maps = [(1, 1), (2, 2), (4, 4), (8, 8), (5, 7), (3, 20), (16, 16), (9, 40), (17, 33)]
+    for (height, width), images, (channels, kernel, padding) in itertools.product(
+        maps, (1, 3), ((8, 3, 1), (16, 3, 2), (32, 3, 1), (64, 1, 0), (64, 1, 1))
+    ):
+        conv, x = torch.nn.Conv2d(channels, 16, kernel, padding=padding), torch.randn(images, channels, height, width)
+        check(conv, x, "sparsedm_sliced_conv2d", *x.shape, 16, kernel, padding)
+print("within bounds")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")
+@pytest.mark.skipif(not orders.best((16, 16, 3, 3), 1, 2, torch.float32), reason="no AVX-512")
+def test_sliced_kernels_touch_nothing_beyond_their_tensors():
+    done = subprocess.run([sys.executable, "-c", _FENCED], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "within bounds\n", done.stderr
 
 
 # --- the compiled library ---------------------------------------------------------------------------------------------

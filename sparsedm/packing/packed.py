@@ -20,6 +20,7 @@ from ..models.denoisers import Inputs, each, example_inputs
 from . import gpu, kernels, tensors, tuning
 from .base import PackedLayer
 from .gpu import SemiStructuredLayer
+from .kernels import orders
 
 BACKENDS = ("auto", "kernel")
 FASTER = 1.02  # "auto" packs a layer whose kernel is faster by this: it saves memory, too
@@ -30,24 +31,61 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class _CPULayer(PackedLayer):
     """A layer for the CPU kernels: parameter `values` and buffers `positions` of the weight, and `bias` [out] or None.
 
-    `values` is a parameter, without gradient, for code that asks a layer's parameters for their dtype or device.
+    `values` is a parameter, without gradient, for code that asks a layer's parameters for their dtype or device. Values and
+    positions lie in the order `order` (kernels/orders.py) of the fastest kernel on this machine; in state dicts, in rows.
     """
 
     def __init__(self, plain: nn.Linear | nn.Conv2d, pattern: NMPattern | str):
         super().__init__(plain, pattern)
         values, positions = tensors.pack(plain.weight, self.pattern)
+        self.order = orders.ROWS
         self.values = nn.Parameter(values, requires_grad=False)
         self.register_buffer("positions", positions)
         self.register_buffer("bias", None if plain.bias is None else plain.bias.detach().clone())
-        self._choose_kernel()
 
     def _choose_kernel(self) -> None:
+        """For this machine and dtype; the tensors are replaced, as copies of the module may share them."""
         inputs, outputs = math.prod(self.weight_shape[1:]), self.weight_shape[0]
         self._bfloat = not kernels.why_not(inputs, outputs, self.pattern.n, torch.bfloat16)
+        compute = torch.bfloat16 if self.values.dtype == torch.bfloat16 and self._bfloat else torch.float32
+        order = orders.best(self.weight_shape, self._stride(), self.pattern.n, compute)
+        if order != self.order:
+            values, positions = orders.arranged(*self._rows(), self._spots(), self.pattern.n, order)
+            self.values, self.positions, self.order = nn.Parameter(values, requires_grad=False), positions, order
+
+    def _spots(self) -> int:
+        """Positions of the kernel."""
+        return math.prod(self.weight_shape[2:])
+
+    def _stride(self) -> int:
+        return 1
+
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and positions in the order of files."""
+        return orders.rows(self.values.detach(), self.positions, self._spots(), self.pattern.n, self.order)
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"order": orders.ROWS} | state)  # which layers pickled by earlier versions do not have
         self._choose_kernel()  # the layer may come from another machine
+
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        self._choose_kernel()  # the dtype may be another
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.order != orders.ROWS:
+            destination[prefix + "values"], destination[prefix + "positions"] = self._rows()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        own = dict(zip(("values", "positions"), self._rows(), strict=True))
+        found = {name: state_dict.get(prefix + name, tensor) for name, tensor in own.items()}
+        if all(found[name].shape == tensor.shape for name, tensor in own.items()):  # others are refused below
+            arranged = orders.arranged(*found.values(), self._spots(), self.pattern.n, self.order)
+            state_dict = state_dict | {prefix + k: x for k, x in zip(own, arranged, strict=True) if prefix + k in state_dict}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._choose_kernel()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.refuse_gradients(input)
@@ -60,15 +98,19 @@ class _CPULayer(PackedLayer):
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         wanted = torch.get_autocast_dtype(device) if autocast else values.dtype
         dtype = torch.bfloat16 if wanted == torch.bfloat16 and self._bfloat else torch.float32  # that for float16, too
-        bias = None if bias is None else bias.to(dtype)
-        y = self._run(input.to(dtype), values.to(dtype), bias)
-        return y.to(wanted if autocast else input.dtype)
+        y = self._run(_cast(input, dtype), _cast(values, dtype), None if bias is None else _cast(bias, dtype))
+        return _cast(y, wanted if autocast else input.dtype)
 
     def kept(self) -> torch.Tensor:
         return self.values
 
     def dense_weight(self) -> torch.Tensor:
-        return tensors.unpack(self.values, self.positions, self.pattern, self.weight_shape)
+        return tensors.unpack(*self._rows(), self.pattern, self.weight_shape)
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `x.to(dtype)`, which takes long to find out that there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 class PackedLinear(_CPULayer):
@@ -79,9 +121,10 @@ class PackedLinear(_CPULayer):
     def __init__(self, plain: nn.Linear, pattern: NMPattern | str):
         super().__init__(plain, pattern)
         self.in_features, self.out_features = plain.in_features, plain.out_features
+        self._choose_kernel()
 
     def _run(self, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return torch.ops.sparsedm.nm4_linear(x, values, self.positions, bias)
+        return torch.ops.sparsedm.nm4_linear.default(x, values, self.positions, bias, self.order)
 
     def plain(self) -> nn.Linear:
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None)
@@ -96,10 +139,14 @@ class PackedConv2d(_CPULayer):
     def __init__(self, plain: nn.Conv2d, pattern: NMPattern | str):
         super().__init__(plain, pattern)
         self.kernel_size, self.stride, self.padding = plain.kernel_size, plain.stride, plain.padding
+        self._choose_kernel()
+
+    def _stride(self) -> int:
+        return self.stride[0]
 
     def _run(self, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         kernel, stride, padding = list(self.kernel_size), self.stride[0], self.padding[0]
-        return torch.ops.sparsedm.nm4_conv2d(x, values, self.positions, bias, kernel, stride, padding)
+        return torch.ops.sparsedm.nm4_conv2d.default(x, values, self.positions, bias, kernel, stride, padding, self.order)
 
     def plain(self) -> nn.Conv2d:
         outputs, inputs = self.weight_shape[:2]

@@ -4,7 +4,6 @@ A library is loaded only if it is whole, and if nobody but its user could have w
 """
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -18,7 +17,8 @@ from pathlib import Path
 
 from ...support.files import replacing
 
-SOURCE = Path(__file__).with_name("nm_kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("nm_kernels.cpp", "nm_slices.cpp"))
+_HEADER = Path(__file__).with_name("common.h")
 # torch has loaded its OpenMP runtime under the same name, so -fopenmp links to that one and torch.set_num_threads holds.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
 DISABLE = "SPARSEDM_NO_KERNELS"
@@ -26,24 +26,26 @@ EXTRA_FLAGS = "SPARSEDM_KERNEL_FLAGS"  # more compiler flags, as for a sanitizer
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _CHECKSUM = hashlib.sha256().digest_size
 _lock = threading.Lock()
+_loaded: tuple[ctypes.CDLL | None, str] | None = None  # what `_load` gave: packed layers ask at every call, without the lock
 
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None if there are none (then a warning has said why, once)."""
-    return _loaded()[0]
+    return (_loaded or _load_once())[0]
 
 
 def why_off() -> str:
     """Why there are no compiled kernels, or ""."""
-    return _loaded()[1]
+    return (_loaded or _load_once())[1]
 
 
-def _loaded() -> tuple[ctypes.CDLL | None, str]:
+def _load_once() -> tuple[ctypes.CDLL | None, str]:
+    global _loaded
     with _lock:  # two threads must not compile at once
-        return _load()
+        _loaded = _loaded or _load()
+    return _loaded
 
 
-@functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get(DISABLE):
         return None, f"{DISABLE} is set"
@@ -61,8 +63,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
-    kernels.sparsedm_nm4_linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5
-    kernels.sparsedm_nm4_conv2d.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 11
+    kernels.sparsedm_nm4_linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6
+    kernels.sparsedm_nm4_conv2d.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 12
+    kernels.sparsedm_slice.argtypes, kernels.sparsedm_slice.restype = [ctypes.c_int64] * 4, ctypes.c_int64
+    kernels.sparsedm_sliced_linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
+    kernels.sparsedm_sliced_conv2d.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8
     return kernels
 
 
@@ -78,11 +83,11 @@ def _compiled(compiler: list[str]) -> Path:
     """The shared library for this source, compiler and CPU; compiled if there is none that can be trusted."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     flags = [*FLAGS, *shlex.split(os.environ.get(EXTRA_FLAGS, ""))]
-    key = "\0".join([SOURCE.read_text(), version, *flags, _cpu()])
+    key = "\0".join([*(source.read_text() for source in (*SOURCES, _HEADER)), version, *flags, _cpu()])
     path = cache_folder() / f"nm-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not (_closed(path.parent) and _whole(path)):
         with replacing(path) as temporary:
-            command = [*compiler, *flags, str(SOURCE), "-o", str(temporary)]
+            command = [*compiler, *flags, *map(str, SOURCES), "-o", str(temporary)]
             subprocess.run(command, capture_output=True, text=True, check=True)
             library = temporary.read_bytes()
             temporary.write_bytes(library + _checksum(library))  # loaders do not mind what follows a library

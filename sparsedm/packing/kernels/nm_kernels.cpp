@@ -2,38 +2,23 @@
 //
 // Activations go into panels: the same inputs of up to 128 tokens or output pixels side by side, so that vectors run over
 // columns, not over outputs, and the zeros are never loaded. Panels are cut into slices that fit the L1 cache; every output adds
-// up the products of a slice before the next one comes. Plain C interface, no torch headers.
+// up the products of a slice before the next one comes. Plain C interface, no torch headers. nm_slices.cpp has a faster form for
+// some layers.
 //
 // Weights are [outputs, inputs / 4 * kept] values and two-bit positions in the same order, rows starting at whole bytes. The
 // inputs of a convolution are (kernel row, kernel column, channel), channel fastest.
 #include <omp.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
+#include "common.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define SPARSEDM_BF16 1
 #endif
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#elif defined(__AVX__)
-constexpr int kBytes = 32;
-#else
-constexpr int kBytes = 16;
-#endif
-constexpr int kLanes = kBytes / 4;
 constexpr int64_t kSlice = 24 * 1024;  // bytes of a panel slice: in every L1 cache, with room for weights and sums
-constexpr int64_t kOutputs = 256;      // outputs per block: their sums stay in the L2 cache
-
-constexpr int64_t kLargest = 1 << 28;    // side of a picture or kernel, stride, padding
-constexpr double kMostBytes = 1e12;     // of the padded copy of x
-
-enum { kDone, kNoMemory, kNoKernel };  // what the kernels return
+constexpr int64_t kRowOrder = 0, kPairs = -1;  // orders of weights, as in orders.py; others are slices
+constexpr double kMostBytes = 1e12;    // of the padded copy of x
 
 typedef float Vec __attribute__((vector_size(kBytes)));
 typedef float LooseVec __attribute__((vector_size(kBytes), aligned(4), may_alias));
@@ -41,87 +26,13 @@ typedef float LooseVec __attribute__((vector_size(kBytes), aligned(4), may_alias
 static inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 static inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 
-// Memory for `count` elements that a thread keeps for its next call, as fresh memory costs a page fault every 4 KB; null if there
-// is none. Each T and kTag is another piece.
-template <class T, int kTag>
-static T* workspace(int64_t count) {
-  static thread_local std::unique_ptr<void, void (*)(void*)> memory(nullptr, std::free);
-  static thread_local int64_t size = 0;
-  const int64_t wanted = (count * sizeof(T) + 127) / 64 * 64;
-  if (wanted > size) {
-    memory.reset();
-    memory.reset(std::aligned_alloc(64, wanted));
-    size = memory ? wanted : 0;
-  }
-  return static_cast<T*>(memory.get());
-}
-
-// Transposing a square of words (32 or 64 bits): log2(size) perfect shuffles of row i with row i + size / 2.
-template <int... I>
-struct Indices {};
-template <int N, int... I>
-struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
-template <int... I>
-struct MakeIndices<0, I...> {
-  typedef Indices<I...> type;
-};
-
-template <class Word>
-struct Square {
-  static constexpr int kSize = kBytes / sizeof(Word);
-  typedef Word Row __attribute__((vector_size(kBytes)));
-  typedef Word LooseRow __attribute__((vector_size(kBytes), aligned(1), may_alias));
-
-  template <int... I>
-  static Row low(Row a, Row b, Indices<I...>) {
-    return __builtin_shufflevector(a, b, ((I & 1) * kSize + I / 2)...);
-  }
-  template <int... I>
-  static Row high(Row a, Row b, Indices<I...>) {
-    return __builtin_shufflevector(a, b, ((I & 1) * kSize + I / 2 + kSize / 2)...);
-  }
-
-  static void transpose(const Word* from, int64_t from_stride, Word* to, int64_t to_stride) {
-    typename MakeIndices<kSize>::type indices;
-    Row rows[kSize];
-    for (int i = 0; i < kSize; ++i) rows[i] = *reinterpret_cast<const LooseRow*>(from + i * from_stride);
-    for (int stage = kSize; stage > 1; stage /= 2) {
-      Row next[kSize];
-      for (int i = 0; i < kSize / 2; ++i) {
-        next[2 * i] = low(rows[i], rows[i + kSize / 2], indices);
-        next[2 * i + 1] = high(rows[i], rows[i + kSize / 2], indices);
-      }
-      std::memcpy(rows, next, sizeof(next));
-    }
-    for (int i = 0; i < kSize; ++i) *reinterpret_cast<LooseRow*>(to + i * to_stride) = rows[i];
-  }
-};
-
-// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns. Words may lie at any multiple of 2 bytes.
-template <class Word>
-static void transpose(const void* from_, int64_t from_stride, void* to_, int64_t to_stride, int64_t rows, int64_t columns) {
-  constexpr int size = Square<Word>::kSize;
-  const Word* from = static_cast<const Word*>(from_);
-  Word* to = static_cast<Word*>(to_);
-  for (int64_t r = 0; r < rows; r += size) {
-    for (int64_t c = 0; c < columns; c += size) {
-      if (r + size <= rows && c + size <= columns) {
-        Square<Word>::transpose(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
-        continue;
-      }
-      for (int64_t i = r; i < std::min(r + size, rows); ++i)
-        for (int64_t j = c; j < std::min(c + size, columns); ++j)
-          std::memcpy(to + j * to_stride + i, from + i * from_stride + j, sizeof(Word));
-    }
-  }
-}
-
 template <class Value>
 struct Weights {
   const Value* values;
   const uint8_t* positions;
   const float* bias;
   int64_t inputs, outputs;
+  int64_t order, spots;  // kRows, kPairs, or the inputs of a slice for each of the kernel's positions
 };
 
 // float32. A panel row is one input; a kept weight is broadcast and multiplied with the row that its position names. Bound by
@@ -215,32 +126,41 @@ template <int kVectors>
 struct Bfloat {
   typedef uint16_t Value;
   typedef uint64_t Element;
+  typedef uint64_t Word __attribute__((aligned(2), may_alias));
   static constexpr int kRowInputs = 4, kStep = 2, kTile = 5;  // pairs of outputs at a time: as many sums as registers hold
   static constexpr int64_t kWidth = kVectors * 8;
   static constexpr int64_t kRows = kSlice / (kWidth * 8);
 
-  explicit Bfloat(const Weights<uint16_t>& weights)
-      : w(weights),
-        groups(w.inputs / 4),
-        values(workspace<uint64_t, 0>(w.outputs / 2 * groups)),
-        codes(workspace<uint8_t, 1>(w.outputs / 2 * groups)) {
-    if (!ready()) return;
-    typedef uint32_t Kept __attribute__((aligned(2), may_alias));  // both kept weights of a group
-    const Kept* kept = reinterpret_cast<const Kept*>(w.values);
-#pragma omp parallel for
-    for (int64_t pair = 0; pair < w.outputs / 2; ++pair) {
-      uint64_t* value = values + pair * groups;
-      uint8_t* code = codes + pair * groups;
-      const Kept *one = kept + 2 * pair * groups, *other = one + groups;
-      const uint8_t *at_one = w.positions + pair * groups, *at_other = at_one + groups / 2;
-      for (int64_t g = 0; g < groups; ++g) value[g] = one[g] | static_cast<uint64_t>(other[g]) << 32;
-      for (int64_t g = 0; g < groups / 2; ++g) {
-        code[2 * g] = (at_one[g] & 15) | (at_other[g] & 15) << 4;
-        code[2 * g + 1] = at_one[g] >> 4 | (at_other[g] & 240);
-      }
+  explicit Bfloat(const Weights<uint16_t>& weights) : w(weights), groups(w.inputs / 4) {
+    if (w.order == kPairs) {
+      values = reinterpret_cast<const Word*>(w.values), codes = w.positions;
+      return;
     }
+    uint64_t* const value = workspace<uint64_t, 0>(w.outputs / 2 * groups);
+    uint8_t* const code = workspace<uint8_t, 1>(w.outputs / 2 * groups);
+    values = reinterpret_cast<const Word*>(value), codes = code;
+    if (!ready()) return;
+#pragma omp parallel for
+    for (int64_t pair = 0; pair < w.outputs / 2; ++pair) make_pair(pair, value + pair * groups, code + pair * groups);
   }
   bool ready() const { return values && codes; }
+
+  // Values and positions of outputs 2 * pair and 2 * pair + 1, from rows (one slice) or slices.
+  void make_pair(int64_t pair, uint64_t* value, uint8_t* code) const {
+    typedef uint32_t Kept __attribute__((aligned(2), may_alias));  // both kept weights of a group
+    const Kept* const kept = reinterpret_cast<const Kept*>(w.values);
+    const int64_t spots = w.order == kRowOrder ? 1 : w.spots, slice = w.order == kRowOrder ? groups : w.order / 4;
+    for (int64_t spot = 0; spot < spots; ++spot)
+      for (int64_t s = 0; s < groups / spots / slice; ++s, value += slice, code += slice) {
+        const int64_t at = ((s * w.outputs + 2 * pair) * spots + spot) * slice, other = at + spots * slice;
+        for (int64_t g = 0; g < slice; ++g) value[g] = kept[at + g] | static_cast<uint64_t>(kept[other + g]) << 32;
+        for (int64_t g = 0; g < slice; g += 2) {
+          const uint8_t one = w.positions[(at + g) / 2], two = w.positions[(other + g) / 2];
+          code[g] = (one & 15) | (two & 15) << 4;
+          code[g + 1] = one >> 4 | (two & 240);
+        }
+      }
+  }
 
   void start(int64_t first, int64_t last, float* sums) const {
     for (int64_t o = first; o < last; o += 2, sums += 2 * kWidth)
@@ -264,7 +184,7 @@ struct Bfloat {
   template <int kPairs>
   void add_tile(const uint64_t* panel, int64_t row, int64_t count, int64_t pair, float* sums) const {
     const __m512i second_token = _mm512_set4_epi64(0x0808080808080808, 0, 0x0808080808080808, 0);
-    const uint64_t* value = values + pair * groups + row;
+    const Word* value = values + pair * groups + row;
     const uint8_t* code = codes + pair * groups + row;
     __m512 total[kPairs][kVectors];
 #pragma GCC unroll 20
@@ -321,8 +241,8 @@ struct Bfloat {
 
   const Weights<uint16_t> w;
   const int64_t groups;
-  uint64_t* const values;  // of both outputs of a pair, [pair][group]
-  uint8_t* const codes;    // and their positions
+  const Word* values;    // of both outputs of a pair, [pair][group]
+  const uint8_t* codes;  // and their positions
 };
 #endif
 
@@ -389,13 +309,9 @@ struct Shape {
   int64_t place(int64_t column) const { return column % stride * phase() + column / stride; }
   int64_t plane() const { return (height + 2 * padding) * row(); }
 
-  // Whether the sizes are those of a convolution, and so small that nothing above overflows.
   bool valid() const {
-    const int64_t sizes[] = {height, width, kernel_h, kernel_w, stride};
-    for (const int64_t size : sizes)
-      if (size < 1 || size > kLargest) return false;
-    if (images < 0 || channels < 4 || channels % 4 || padding < 0 || padding > kLargest) return false;
-    return out_height() > 0 && out_width() > 0;
+    if (channels < 4 || channels % 4 || stride < 1 || stride > kLargest) return false;
+    return is_convolution(images, height, width, kernel_h, kernel_w, padding);
   }
   double bytes() const { return 4.0 * images * channels * plane(); }
 };
@@ -567,7 +483,7 @@ static int with_width(const Layer& layer) {
 // Positions of a row of weights must begin at a whole byte, and a slice of 16 inputs too.
 template <template <class> class Layer>
 static int dispatch(const Layer<float>& layer, int64_t kept) {
-  if (kept < 1 || kept > 3 || layer.w.inputs < 4 || layer.w.inputs % 4 || layer.w.inputs * kept % 16) return kNoKernel;
+  if (layer.w.order != kRowOrder || kept < 1 || kept > 3 || layer.w.inputs < 4 || layer.w.inputs % 4 || layer.w.inputs * kept % 16) return kNoKernel;
   if (layer.columns() < 1 || layer.w.outputs < 1) return kDone;
   switch (kept) {
     case 1: return with_width<1>(layer);
@@ -592,6 +508,11 @@ static int dispatch([[maybe_unused]] const Layer<uint16_t>& layer, [[maybe_unuse
 #endif
 }
 
+// Whether sizes and order fit.
+static bool in_order(int64_t order, int64_t channels) {
+  return order == kRowOrder || order == kPairs || (order > 0 && order % 8 == 0 && channels % order == 0);
+}
+
 // The C interface: x, values and y are float32, or bfloat16 with `bfloat`; bias is float32 or null; all contiguous.
 extern "C" int sparsedm_has_bfloat() {
 #ifdef SPARSEDM_BF16
@@ -603,30 +524,34 @@ extern "C" int sparsedm_has_bfloat() {
 
 template <class Value>
 static int linear(const void* x, const void* values, const uint8_t* positions, const float* bias, void* y, int64_t tokens,
-                  int64_t inputs, int64_t outputs, int64_t kept) {
-  const Weights<Value> w = {static_cast<const Value*>(values), positions, bias, inputs, outputs};
+                  int64_t inputs, int64_t outputs, int64_t kept, int64_t order) {
+  if (!in_order(order, inputs)) return kNoKernel;
+  const Weights<Value> w = {static_cast<const Value*>(values), positions, bias, inputs, outputs, order, 1};
   return dispatch(Linear<Value>{w, static_cast<const Value*>(x), static_cast<Value*>(y), tokens}, kept);
 }
 
 extern "C" int sparsedm_nm4_linear(const void* x, const void* values, const uint8_t* positions, const float* bias, void* y,
-                                   int64_t bfloat, int64_t tokens, int64_t inputs, int64_t outputs, int64_t kept) {
-  return (bfloat ? linear<uint16_t> : linear<float>)(x, values, positions, bias, y, tokens, inputs, outputs, kept);
+                                   int64_t bfloat, int64_t tokens, int64_t inputs, int64_t outputs, int64_t kept,
+                                   int64_t order) {
+  return (bfloat ? linear<uint16_t> : linear<float>)(x, values, positions, bias, y, tokens, inputs, outputs, kept, order);
 }
 
 template <class Value>
 static int convolution(const void* x, const void* values, const uint8_t* positions, const float* bias, void* y, const Shape& s,
-                       int64_t outputs, int64_t kept) {
-  const Weights<Value> w = {static_cast<const Value*>(values), positions, bias, s.channels * s.kernel_h * s.kernel_w, outputs};
+                       int64_t outputs, int64_t kept, int64_t order) {
+  if (!in_order(order, s.channels)) return kNoKernel;
+  const int64_t spots = s.kernel_h * s.kernel_w;
+  const Weights<Value> w = {static_cast<const Value*>(values), positions, bias, s.channels * spots, outputs, order, spots};
   return dispatch(Convolution<Value>{w, static_cast<const Value*>(x), static_cast<Value*>(y), s}, kept);
 }
 
 extern "C" int sparsedm_nm4_conv2d(const void* x, const void* values, const uint8_t* positions, const float* bias, void* y,
                                    int64_t bfloat, int64_t images, int64_t channels, int64_t height, int64_t width,
                                    int64_t outputs, int64_t kernel_h, int64_t kernel_w, int64_t stride, int64_t padding,
-                                   int64_t kept) {
+                                   int64_t kept, int64_t order) {
   Shape s = {images, channels, height, width, kernel_h, kernel_w, stride, padding};
   if (!s.valid()) return kNoKernel;
   s.stride = std::min(stride, std::max(height, width) + 2 * padding);  // beyond the picture all strides read the same
   if (s.bytes() > kMostBytes) return kNoKernel;
-  return (bfloat ? convolution<uint16_t> : convolution<float>)(x, values, positions, bias, y, s, outputs, kept);
+  return (bfloat ? convolution<uint16_t> : convolution<float>)(x, values, positions, bias, y, s, outputs, kept, order);
 }
