@@ -11,6 +11,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -87,12 +88,24 @@ def _compiled(compiler: list[str]) -> Path:
     path = cache_folder() / f"nm-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not (_closed(path.parent) and _whole(path)):
         with replacing(path) as temporary:
-            command = [*compiler, *flags, *map(str, SOURCES), "-o", str(temporary)]
-            subprocess.run(command, capture_output=True, text=True, check=True)
+            _compile([*compiler, *flags], temporary)
             library = temporary.read_bytes()
             temporary.write_bytes(library + _checksum(library))  # loaders do not mind what follows a library
             temporary.chmod(0o755)
     return path
+
+
+def _compile(command: list[str], library: Path) -> None:
+    """Compile the sources side by side and link them. Raises CalledProcessError with the first failed compiler's words."""
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [str(Path(folder, f"{source.stem}.o")) for source in SOURCES]
+        commands = [[*command, "-c", str(source), "-o", made] for source, made in zip(SOURCES, objects)]
+        running = [subprocess.Popen(each, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for each in commands]
+        said = [process.communicate()[1] for process in running]
+        for process, words in zip(running, said):
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, process.args, stderr=words)
+        subprocess.run([*command, *objects, "-o", str(library)], capture_output=True, text=True, check=True)
 
 
 def _closed(folder: Path) -> bool:
