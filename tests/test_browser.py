@@ -19,6 +19,7 @@ WAIT = 90_000  # ms; generous, for other work may share the machine
 DONE = "document.querySelector('#verdict')?.innerText.includes('SSIM between')"
 TABS = {  # and what is there when the tab has been filled
     "Compare": "#verdict",
+    "Blind test": "#blind img >> nth=1",
     "Masks": "text=2:4 keeps",
     "Trade-off": ".scatter .point >> nth=0",
     "Speed here": "button:text-is('Measure')",
@@ -69,6 +70,20 @@ def show(sheet, tab: str) -> None:
         sheet.locator(".overflow-menu button").first.click()
         button = sheet.locator(f".overflow-dropdown button:has-text('{tab}')").first
     button.click()
+
+
+def test_a_blind_pair_is_judged_and_the_next_one_dealt(open_page):
+    sheet = open_page()
+    show(sheet, "Blind test")
+    picture = sheet.locator("#blind img").first
+    picture.wait_for(timeout=WAIT)
+    before = picture.get_attribute("src")
+    sheet.get_by_role("button", name="The left one is 2:4").click()
+    sheet.wait_for_function("document.querySelector('#blind-score')?.innerText.includes('of 1 right')", timeout=WAIT)
+    sheet.wait_for_function(f"document.querySelector('#blind img').getAttribute('src') != {before!r}", timeout=WAIT)
+    show(sheet, "Masks")
+    show(sheet, "Blind test")  # the score is kept
+    assert "of 1 right" in sheet.locator("#blind-score").inner_text()
 
 
 def test_a_word_is_typed_and_both_sides_move(open_page):

@@ -1,6 +1,7 @@
 """The demo's rooms: what they refuse, what they compute, what they say."""
 
 import itertools
+import random
 import re
 import threading
 import time
@@ -14,10 +15,10 @@ import torch
 from PIL import Image
 
 import sparsedm
-from sparsedm import data, plots
+from sparsedm import data, diffusion, plots
 from sparsedm.checkpoints import folders
 from sparsedm.data import faces, prompts
-from sparsedm.demo import compare, explore, models, race, scatter, speedtest, tradeoff, tune, turns, words
+from sparsedm.demo import blind, compare, explore, models, race, scatter, speedtest, tradeoff, tune, turns, words
 from sparsedm.experiments import results
 from sparsedm.experiments.recipes import RECIPES
 from sparsedm.masking import layers, nm
@@ -469,3 +470,44 @@ def test_an_unknown_device_is_named():
     with pytest.raises(ValueError, match="device 'warp' is not there"):
         models.device_of("warp")
     assert models.device_of("cpu") == "cpu" and speed.machine()["threads"] >= 1
+
+
+# --- blind test -------------------------------------------------------------------------------------------------------
+
+
+def test_a_blind_pair_is_the_teachers_and_the_students_picture_in_random_order(catalogue):
+    chance, sides = random.Random(0), set()
+    for _ in range(6):
+        drawn = chance.getstate()
+        shown, left, right = blind.deal(catalogue, "glyphs-uvit", chance)
+        again = random.Random()
+        again.setstate(drawn)
+        label, seed = again.randrange(36), again.randrange(race.MAX_SEED)
+        expected = [
+            sparsedm.generate(
+                catalogue.load(key).model, diffusion.start_noise(catalogue.load(key).model, 1, seed),
+                class_labels=torch.tensor([label]), steps=blind.STEPS,
+            )
+            for key in ("glyphs-uvit-2x4", "glyphs-uvit")
+        ]  # fmt: skip
+        sparse, dense = (left, right) if shown.sparse == "left" else (right, left)
+        assert torch.equal(sparse, expected[0]) and torch.equal(dense, expected[1])
+        sides.add(shown.sparse)
+    assert sides == {"left", "right"}
+
+
+def test_blind_answers_are_counted_and_judged_by_their_interval():
+    shown = blind.Round("glyphs-uvit", "left")
+    assert blind.judged("left", shown).right == 1 and blind.judged("right", shown).right == 0
+    assert blind.judged("right", shown).answers == 1
+    with pytest.raises(ValueError, match="answer 'both'"):
+        blind.judged("both", shown)
+    text = {pair: blind.words(blind.Round("", "", *pair)) for pair in ((0, 0), (3, 4), (6, 12), (19, 20))}
+    assert "No answer" in text[0, 0] and "4 more answers" in text[3, 4]
+    assert "6 of 12 right (50%)" in text[6, 12] and "25% to 75%" in text[6, 12] and "do not tell" in text[6, 12]
+    assert "You can tell" in text[19, 20]
+
+
+def test_blind_answers_without_a_pair_are_refused(catalogue):
+    with pytest.raises(gr.Error, match="no pair yet"):
+        next(blind._answer(catalogue, "left", None))

@@ -9,8 +9,8 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from .. import plots
-from . import compare, explore, speedtest, tradeoff, tune
-from .models import Catalogue
+from . import blind, compare, explore, speedtest, tradeoff, tune
+from .models import BASES, Catalogue
 from .visitors import Door
 
 QUEUE = 32  # orders that may wait
@@ -28,6 +28,8 @@ def build(catalogue: Catalogue | None = None, left: str = "glyphs-uvit", right: 
         gr.HTML(HEADER)
         with gr.Tab("Compare"):
             compare.build(catalogue, demo, left, right, {**short, **shown})
+        with gr.Tab("Blind test") as test:
+            blind.build(catalogue, test, left if left in BASES else "glyphs-uvit", {**short, **shown})
         with gr.Tab("Masks") as masks:
             explore.build(catalogue, "glyphs-uvit", masks)
         with gr.Tab("Trade-off") as results:
