@@ -95,11 +95,11 @@ def build(catalogue: Catalogue, tab: gr.Tab, base: str, job: dict) -> None:
     kept = gr.State(None)
     with gr.Row(elem_id="blind"):
         pictures = [
-            gr.Image(label=side, show_label=False, format="png", buttons=[], alt_text=f"The picture on the {side}", min_width=160)
+            gr.Image(label=side, show_label=False, format="png", buttons=[], alt_text=f"The picture on the {side}", min_width=100)
             for side in SIDES
         ]
-    with gr.Row():
-        buttons = [gr.Button(f"The {side} one is 2:4", min_width=140) for side in SIDES]
+    with gr.Row(elem_id="blind-answers"):
+        buttons = [gr.Button(f"The {side} one is 2:4", min_width=100) for side in SIDES]
     told, score = gr.Markdown(), gr.Markdown(words(Round("", "")), elem_id="blind-score")
     outputs = [kept, *pictures, told, score]
     shared = {"outputs": outputs, "api_visibility": "private", "show_progress_on": pictures, **job}
