@@ -3,18 +3,21 @@
 import ast
 import json
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-NOTEBOOKS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))}
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+ARC = runpy.run_path(str(ROOT / "docs" / "arc.py"))
 
 
 def cells(name: str) -> list[dict]:
-    """The code cells; `source` is one text."""
+    """The code cells after the one that installs, which is not Python alone; `source` is one text."""
     found = [cell for cell in json.loads(NOTEBOOKS[name].read_text())["cells"] if cell["cell_type"] == "code"]
-    return [cell | {"source": "".join(cell["source"])} for cell in found]
+    return [cell | {"source": "".join(cell["source"])} for cell in found if not tagged(cell, "install")]
 
 
 def tagged(cell: dict, tag: str) -> bool:
@@ -91,3 +94,32 @@ def test_solutions_are_folded_and_no_outputs_are_stored(name):
     for cell in cells(name):
         assert not cell["outputs"] and cell["execution_count"] is None
         assert cell["metadata"].get("jupyter", {}).get("source_hidden", False) == tagged(cell, "solution")
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_map_and_a_cell_that_installs_follow_the_title(name):
+    _, *top = json.loads(NOTEBOOKS[name].read_text())["cells"][:3]
+    assert top == list(ARC["tops"](name)), "python docs/arc.py writes both"
+
+
+def test_the_map_leads_to_all_notebooks_and_on_from_each():
+    order = list(ARC["STOPS"])
+    assert order == sorted(order) and set(NOTEBOOKS) <= set(order)
+    for before, name, after in zip(["", *order], order, [*order[1:], ""]):
+        above, ways = ARC["chart"](name).split("\n\n")
+        assert re.findall(r"\]\((\w+)\.ipynb\)", above) == [other for other in order if other != name]
+        assert re.findall(r"\]\((\w+)\.ipynb\)", ways) == [other for other in (before, after) if other]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_links_of_a_notebook_lead_somewhere(name):
+    found = [cell for cell in json.loads(NOTEBOOKS[name].read_text())["cells"] if cell["cell_type"] == "markdown"]
+    for target in re.findall(r"\]\(([^)\s]+)\)", "\n".join("".join(cell["source"]) for cell in found)):
+        place = NOTEBOOKS[name].parent / target.partition("#")[0]
+        assert target.startswith("http") or place.stem in ARC["STOPS"] or place.exists(), target
+
+
+def test_the_quickstart_keeps_its_promise_of_five_lines():
+    (code,) = (cell["source"] for cell in cells("00_quickstart") if "sparsedm.finetune(" in cell["source"])
+    steps = [ast.unparse(line) for line in ast.parse(code).body if not isinstance(line, ast.Import)]
+    assert [re.search(r"sparsedm\.(\w+)", step)[1] for step in steps] == ["load", "sparsify", "finetune", "fold"]

@@ -223,3 +223,31 @@ def test_names_of_points_that_crowd_cover_neither_each_other_nor_a_point():
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert not any(box.contains(*dot) for box in boxes for dot in dots)
     assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
+
+
+def test_verdicts_are_words_on_shades():
+    table = {"it is small": {"A": "yes", "B": "no"}, "it is fast": {"A": "perhaps", "B": "yes"}}
+    axes = plots.verdicts(table, ("yes", "perhaps", "no")).axes[0]
+    cells = {(text.get_position(), text.get_text()) for text in axes.texts}
+    assert cells == {((0.5, 0), "yes"), ((1.5, 0), "no"), ((0.5, 1), "perhaps"), ((1.5, 1), "yes")}
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(table)
+    shades = colours(axes.patches)
+    assert shades[0] == shades[3] and len(set(shades)) == 3 and not set(shades) & set(plots.FAMILIES.values())
+
+
+def test_each_seed_is_a_dot_with_an_interval_and_a_triangle_is_off_the_scale():
+    rows = [plots.Dots("a", "N:M", (2.0, 3.0), (1.5, 4.0), "half"), plots.Dots("b", "pruned", (90.0,), (80.0, 99.0), "half")]
+    axes = plots.dots(rows, ceiling=10).axes[0]
+    found = {line.get_marker(): line for line in axes.lines}
+    assert list(found["o"].get_xdata()) == [2.0, 3.0] and to_hex(found["o"].get_color()) == plots.SPARSE_INK
+    assert list(found["None"].get_xdata()) == [1.5, 4.0]
+    assert (list(found[">"].get_xdata()), list(found[">"].get_ydata())) == ([10], [1])
+    assert {text.get_text() for text in axes.texts} == {"90", "half"}
+
+
+def test_menus_may_show_titles_instead_of_values():
+    explorer = plots.explorer(lambda key="b": Image.new("L", (len(key) * 10, 5)), key=[("first", "aa"), ("second", "b")])
+    menu, picture, _ = explorer.children
+    assert (menu.value, menu.label) == ("b", "second")
+    menu.label = "first"
+    assert Image.open(io.BytesIO(picture.value)).width == 20

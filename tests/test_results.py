@@ -289,3 +289,23 @@ def test_runs_of_the_papers_size_have_tables(store):
 def test_unknown_suites_are_refused():
     with pytest.raises(ValueError, match="unknown suite 'long'; known: headline, short, one-shot, paper"):
         results.load("long")
+
+
+def test_every_seed_is_shown_with_an_interval_that_shrinks_with_the_seeds(runs):
+    axes = figures.every_method(results.load("short", BASE)).axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    seeds = {names[int(line.get_ydata()[0])]: list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"}
+    assert names[0] == "teacher" and seeds["2:4, SparseDM"] == [2.9, 3.0, 3.2]
+    bars = {names[int(line.get_ydata()[0])]: line.get_xdata() for line in axes.lines if line.get_linewidth() == 5}
+    wide, narrow = (np.log(bars[name][1] / bars[name][0]) for name in ("2:4, SR-STE without teacher", "2:4, SparseDM"))
+    assert wide == pytest.approx(narrow * 3**0.5)
+
+
+def test_the_strip_shows_every_verdict(runs):
+    axes = figures.verdicts((BASE,)).axes[0]
+    assert [text.get_text() for text in axes.texts] == [found.word for found in claims.verdicts(BASE)]
+
+
+def test_a_scatter_with_labels_has_about_eight_methods():
+    for base in results.bases():
+        assert len(figures.few(results.load("short", base))) == len(figures.FEW) <= 9

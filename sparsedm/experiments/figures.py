@@ -1,17 +1,20 @@
 """The figures of the comparison, drawn from the stored results and the pictures in the folder of `reproduce`."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from .. import plots
 from ..measure import evaluation
-from . import results
+from . import claims, results
 from .results import Row
+from .significance import chance
 
 OFF_THE_SCALE = 10  # times the teacher's FD-glyph
 GRID = 18  # pictures in a row of the consistency grid
+FEW = ("teacher", "more", "more-gentle", "3x4", "2x4", "diffpruned-most", "diffpruned", "1x4", "diffpruned-quarter")  # roles
 
 
 def draw(base: str, folder: Path, runs: Path | None = None) -> Iterator[Path]:
@@ -37,6 +40,37 @@ def against_macs(rows: list[Row]):
     points = [(row.recipe.method, family(row), row.macs / teacher.macs, row.fd) for row in rows]
     xlabel = "MACs per picture and step, as a share of the dense model's"
     return plots.tradeoff(points, xlabel=xlabel, ceiling=OFF_THE_SCALE * teacher.fd)
+
+
+def few(rows: list[Row]) -> list[Row]:
+    """The rows that a figure with labels has room for: both methods and the baselines, at three costs."""
+    return [row for row in rows if row.recipe.role in FEW]
+
+
+def verdicts(bases: Sequence[str] = ("glyphs-uvit", "glyphs-unet")):
+    """The words of all verdicts, a column for each teacher; `claims.table` has the figures behind them."""
+    found = {results.load("headline", base)[0].recipe.backbone: claims.verdicts(base) for base in bases}
+    table, paper = {}, ""
+    for index, (source, claim, _) in enumerate(claims.CLAIMS):
+        name = claim if source == paper else f"{source}: {claim}"
+        table[name], paper = {backbone: judged[index].word for backbone, judged in found.items()}, source
+    return plots.verdicts(table, (claims.HOLDS, claims.OPEN, claims.FAILS))
+
+
+def every_method(rows: list[Row]):
+    """Each seed of each method a dot, the best methods first; the bars are 95 % intervals of the mean.
+
+    The intervals take the deviation of all methods together (`significance`).
+    """
+    teacher, spread = _teacher(rows), chance()
+    rows = sorted(rows, key=lambda row: (-round(row.macs / teacher.macs, 1), row.fd))
+    points = []
+    for row in rows:
+        factor = math.exp(spread.reach(len(row.runs), math.inf))
+        values = [run["scores"]["fd_glyph"] for run in row.runs]
+        group = f"about {round(row.macs / teacher.macs, 1):.0%} of the MACs"
+        points.append(plots.Dots(row.recipe.method, family(row), values, (row.fd / factor, row.fd * factor), group))
+    return plots.dots(points, ceiling=OFF_THE_SCALE * teacher.fd)
 
 
 def against_latency(rows: list[Row]):

@@ -2,6 +2,7 @@
 
 from .base import INK, PAPER, PRUNED, PRUNED_INK, SPARSE_INK
 from .charts import bars, curves, lines, live, matrix, ratios
+from .comparison import Dots, dots, verdicts
 from .masks import group_counts, groups
 from .pictures import check_file, picture, rows, save, strips, word_card
 from .pruning import channels, timesteps
@@ -9,7 +10,8 @@ from .quality import FAMILIES, speed, tradeoff, training
 from .widgets import explorer, group_explorer
 
 __all__ = [
-    "FAMILIES", "INK", "PAPER", "PRUNED", "PRUNED_INK", "SPARSE_INK",
-    "bars", "channels", "check_file", "curves", "explorer", "group_counts", "group_explorer", "groups", "lines", "live", "matrix",
-    "picture", "ratios", "rows", "save", "speed", "strips", "timesteps", "tradeoff", "training", "word_card",
+    "Dots", "FAMILIES", "INK", "PAPER", "PRUNED", "PRUNED_INK", "SPARSE_INK",
+    "bars", "channels", "check_file", "curves", "dots", "explorer", "group_counts", "group_explorer", "groups", "lines", "live",
+    "matrix", "picture", "ratios", "rows", "save", "speed", "strips", "timesteps", "tradeoff", "training", "verdicts",
+    "word_card",
 ]  # fmt: skip
