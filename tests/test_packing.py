@@ -6,12 +6,13 @@ import random
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import sparsedm
 from sparsedm.checkpoints import folders
 from sparsedm.masking import layers, nm
 from sparsedm.packing import tensors
+from sparsedm.support import tensorfiles
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "4:8", "3:5", "7:8", "5:16", "15:16", "5:64"]
 
@@ -73,6 +74,24 @@ def test_patterns_that_would_grow_stay_dense(make_model, tmp_path):
     sparsedm.save_packed(layers.sparsify(make_model("uvit"), "7:8"), tmp_path / "packed", torch.float16)
     with safe_open(tmp_path / "packed" / folders.WEIGHTS, "pt") as file:
         assert not any(name.endswith(tensors.VALUES) for name in file.keys())  # noqa: SIM118
+
+
+def test_folders_of_the_first_version_are_read_and_were_no_smaller(make_model, tmp_path):
+    student = layers.fold(layers.sparsify(make_model("unet")))
+    sparsedm.save_packed(student, tmp_path)
+    new, old, config = (tmp_path / name for name in (folders.WEIGHTS, folders.PACKED, folders.CONFIG))
+    weights, metadata = load_file(new), {"format": tensors.FORMAT, "version": "1"}
+    listed = {
+        f"{name}.weight": {"pattern": str(pattern), "axis": 1, "shape": list(weight.shape), "dtype": str(weight.dtype)}
+        for name, pattern in layers.patterns(student).items()
+        for weight in [student.get_submodule(name).weight]
+    }
+    tensorfiles.save(old, weights, metadata | {"layers": json.dumps(listed)})
+    assert old.stat().st_size >= new.stat().st_size
+    new.unlink()
+    config.write_text(json.dumps({k: v for k, v in folders.read_json(config).items() if k != "quantization_config"}))
+    state = sparsedm.load(tmp_path).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
 
 
 @pytest.fixture
