@@ -153,10 +153,10 @@ model = sparsedm.load("this folder")
 def _note_packing(config: Path, packed: bool) -> None:
     """Let a written config say whether its weights are packed, whatever the model was loaded from."""
     content = read_json(config)
-    content.pop("quantization_config", None)
-    if packed:
-        content["quantization_config"] = tensors.QUANTIZATION
-    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    if packed or "quantization_config" in content:
+        content.pop("quantization_config", None)
+        content |= {"quantization_config": tensors.QUANTIZATION} if packed else {}
+        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _cast(name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

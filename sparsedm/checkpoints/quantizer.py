@@ -121,6 +121,8 @@ class NMQuantizer(DiffusersQuantizer):
         return self._files[0].parent
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        if not self._files:
+            raise ValueError(f"this diffusers does not tell which files it loads; upgrade it to 0.41, or use {NAME}.load")
         for name, layer in self._layers.items():
             try:
                 _hold(model.get_submodule(name), NMPattern.parse(layer["pattern"]), layer["shape"])
