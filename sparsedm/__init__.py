@@ -9,12 +9,15 @@ sparsedm.save(sparsedm.fold(student), "out")
 import importlib
 
 from .support.compat import repair_torchvision_on_import
+from .support.imports import follow
 
 repair_torchvision_on_import()  # before anything imports diffusers
+follow("diffusers.quantizers.auto", f"{__name__}.checkpoints.quantizer")  # `from_pretrained` reads packed folders
 
 __version__ = "0.1.0"
 
 _WHERE = {
+    "NMConfig": "checkpoints.quantizer",
     "NMPattern": "masking.nm",
     "sparsify": "models.students",
     "densify": "masking.layers",

@@ -355,7 +355,10 @@ def test_fine_tuning_streams_and_packs(catalogue, monkeypatch):
             with zipfile.ZipFile(update[-1]) as archive:
                 kept = {name: archive.read(name) for name in archive.namelist()}
     assert "Step **0 of 10**" in updates[0][3] and "Step **10 of 10**" in updates[-1][3] and updates[-1][2] is not None
-    assert {name.split("/")[-1] for name in kept if not name.endswith("/")} >= {"config.json", "packed.safetensors"}
+    assert {name.split("/")[-1] for name in kept if not name.endswith("/")} >= {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    }
     assert not tune.running
     unchanged = models.copy_of(catalogue.load("glyphs-unet")).state_dict()
     assert all(torch.equal(value, unchanged[name]) for name, value in sparsedm.load("glyphs-unet").state_dict().items())

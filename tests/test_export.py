@@ -366,7 +366,7 @@ def test_folders_of_any_model_are_loaded_as_the_plain_model(make_model, call, fo
     loaded = sparsedm.load(tmp_path / "folder")
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in plain.state_dict().items())
     assert torch.equal(call(loaded), call(plain))
-    assert (tmp_path / "folder" / (folders.PACKED if format == "packed" else folders.WEIGHTS)).exists()
+    assert (tmp_path / "folder" / folders.WEIGHTS).exists()
 
 
 def test_a_dense_model_is_not_written_as_packed(make_model, tmp_path):
@@ -416,7 +416,7 @@ def test_the_command_writes_every_format(uvit, exporter, cli, tmp_path):
     assert {value.dtype for value in load_file(tmp_path / "out" / folders.WEIGHTS).values()} == {torch.float16}
     assert cli("model", "small", "--format", "packed") == (0, "small written, as packed\n", "")
     assert sparsedm.load(tmp_path / "small").norm.weight.shape == (16,)
-    assert (tmp_path / "small" / folders.PACKED).exists()
+    assert (tmp_path / "small" / folders.WEIGHTS).exists()
     exporter()
     assert cli("model", "m.onnx", "--format", "onnx") == (0, "m.onnx written, as onnx\n", "")
     assert_equals_model(tmp_path / "m.onnx", uvit, inputs_for(2))

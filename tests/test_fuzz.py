@@ -14,6 +14,7 @@ from sparsedm import diffusion
 from sparsedm.checkpoints import folders
 from sparsedm.masking import layers
 from sparsedm.models.uvit import UViTModel
+from sparsedm.packing import tensors
 from sparsedm.pruning import diffpruning
 
 COUNT = 300
@@ -94,7 +95,7 @@ def test_damaged_weights_are_refused_or_read_whole(packed, tmp_path):
     assert refused > 0.8 * COUNT
 
 
-@pytest.mark.parametrize("key", ["checksums", "layers", "format", "version"])
+@pytest.mark.parametrize("key", ["checksums", tensors.LAYERS, "format", "version"])
 def test_any_metadata_of_a_packed_file_is_read_or_refused(key, tmp_path):
     model = layers.fold(layers.sparsify(uvit(), "2:4"))
     folders.save_packed(model, tmp_path)
@@ -102,10 +103,11 @@ def test_any_metadata_of_a_packed_file_is_read_or_refused(key, tmp_path):
     with safe_open(file, "pt") as opened:
         weights, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
     values = [json.dumps(value) for value in VALUES] + ["[" * 100_000, "²", "\0", ""]
-    if key == "layers":
-        first, *_ = known = json.loads(metadata[key])
+    if key == tensors.LAYERS:
+        first, *_ = known = json.loads(metadata[key])["layers"]
         for part in (None, *known[first]):
-            values += [json.dumps(known | {first: value if part is None else known[first] | {part: value}}) for value in VALUES]
+            listed = [known | {first: value if part is None else known[first] | {part: value}} for value in VALUES]
+            values += [json.dumps({"layers": layers}) for layers in (*listed, *VALUES)]
     for value in values:
         save_file(weights, file, metadata | {key: value})
         back = load(tmp_path, file.name)

@@ -53,3 +53,4 @@ def test_what_is_pushed_is_pulled(site, packed, name):
     assert bool(measured) == packed and (not packed or bool(measured[1]) == ("2x4" in name))
     assert ("31 layers 2:4" if "2x4" in name else "dense, channels pruned") in text
     assert bool(layers.patterns(back)) == ("2x4" in name)
+    assert bool(re.search("from_pretrained.*import sparsedm", text)) == (packed and "2x4" in name)

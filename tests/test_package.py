@@ -1,11 +1,13 @@
 """The package's front door: its names, what importing it and asking for help cost, and a torchvision of another build."""
 
+import importlib
 import subprocess
 import sys
 
 import pytest
 
 import sparsedm
+from sparsedm.support import imports
 
 HEAVY = {"torch", "torchvision", "numpy", "diffusers", "accelerate", "matplotlib", "gradio", "torch_fidelity"}
 
@@ -68,6 +70,20 @@ assert CliRunner().invoke(app, ["info", "glyphs-uvit-2x4"]).exit_code == 0
 needless = ("matplotlib", "sklearn", "gradio", "torch_fidelity", "torch_pruning", "tensorboard", "wandb", "onnx", "IPython")
 print([name for name in needless if name in sys.modules], "diffusers.models.unets.unet_2d" in sys.modules)"""
     assert python(code) == "[] True\n"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_one_module_follows_another_that_is_imported_now_or_later(late, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    first, second = f"first_{late}", f"second_{late}"
+    (tmp_path / f"{first}.py").write_text("done = True")
+    (tmp_path / f"{second}.py").write_text(f"from {first} import done")
+    if late:
+        importlib.import_module(first)
+    imports.follow(first, second)
+    assert (second in sys.modules) == late
+    importlib.import_module(first)
+    assert sys.modules[second].done
 
 
 # --- a torchvision of another build -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsedm
+from sparsedm.checkpoints import folders
 from sparsedm.masking import layers, nm
 from sparsedm.measure import macs
 from sparsedm.models import dryrun
@@ -64,7 +65,7 @@ def test_saving_a_packed_model_keeps_every_weight(tmp_path):
 def test_the_packed_file_holds_the_state_dict_of_the_packed_model(tmp_path):
     student = sparsedm.load("glyphs-unet-2x4")
     sparsedm.save_packed(student, tmp_path / "packed")
-    state, stored = sparsedm.pack(student, backend="kernel").state_dict(), load_file(tmp_path / "packed" / "packed.safetensors")
+    state, stored = sparsedm.pack(student, backend="kernel").state_dict(), load_file(tmp_path / "packed" / folders.WEIGHTS)
     assert state.keys() == stored.keys() and all(torch.equal(value, stored[key]) for key, value in state.items())
 
 

@@ -357,7 +357,7 @@ def test_a_layer_that_a_dtype_cannot_hold_is_refused_by_name(folder, make_model,
 def test_a_packed_folder_keeps_the_models_own_dtype(make_model, tmp_path, dtype):
     student = sparsedm.fold(sparsedm.sparsify(make_model("uvit"), "2:4")).to(dtype)
     sparsedm.save_packed(student, tmp_path / "own")
-    stored = load_file(tmp_path / "own" / folders.PACKED)
+    stored = load_file(tmp_path / "own" / folders.WEIGHTS)
     assert {value.dtype for value in stored.values() if value.is_floating_point()} == {dtype}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 
 from .. import diffusion, models
-from ..masking import layers, nm
+from ..masking import layers
 from ..masking.plain import refuse_adapters, refuse_fused
 from ..models import denoisers
 from ..packing import tensors
@@ -21,7 +22,8 @@ from ..support.files import replacing_folder, restore
 from . import skeleton, statedict
 
 ASSETS = Path(__file__).parent.parent / "assets"
-WEIGHTS, PACKED, CONFIG = "diffusion_pytorch_model.safetensors", "packed.safetensors", "config.json"
+WEIGHTS, CONFIG, CARD = "diffusion_pytorch_model.safetensors", "config.json", "README.md"
+PACKED = "packed.safetensors"  # what packed weights were called before `from_pretrained` could read them
 SCHEDULE = "scheduler/scheduler_config.json"  # of a pipeline
 INDEX, SHARDS = f"{WEIGHTS}.index.json", "diffusion_pytorch_model-*.safetensors"  # of weights that diffusers has split
 
@@ -50,7 +52,7 @@ def load(name_or_folder: str | Path) -> ModelMixin:
     """
     folder = _folder_of(name_or_folder)
     config = read_json(folder / CONFIG)
-    schedule, pruning = config.pop("noise_schedule", None), config.pop("pruning", None)
+    schedule, pruning, _ = (config.pop(key, None) for key in ("noise_schedule", "pruning", "quantization_config"))
     cls, path = _class_of(config, folder), weights_of(folder)
     text = _pop_text(config, cls, folder)
     weights = _read_weights(path)
@@ -65,7 +67,7 @@ def load(name_or_folder: str | Path) -> ModelMixin:
     except ValueError as error:
         raise ValueError(f"{path}: {error}; fetch or save it again") from error
     model.register_to_config(**text)
-    _take_schedule(model, schedule, folder)
+    take_schedule(model, schedule, folder)
     return model.eval()
 
 
@@ -82,7 +84,7 @@ def _folder_of(name_or_folder: str | Path) -> Path:
 
 
 def weights_of(name_or_folder: str | Path) -> Path:
-    """The weights file of a bundled model or model folder, the packed file if there is one, or the index of several files.
+    """The weights file of a bundled model or model folder, or the index of several files.
 
     Raises:
         ValueError: there are both a weights file and an index, or as `load`.
@@ -106,8 +108,8 @@ def save(
     """Write `load`'s folder, whole or not at all: config, weights, and `card` as README.md.
 
     Weights are written as `dtype`, or in their own dtype. Sparse-training layers are folded and packed layers unpacked in a copy;
-    the model is not touched. With `packed` N:M sparse weights are written without their zeros (packing/tensors.py), else as
-    diffusers does. Equal models make equal files, with a checksum for each tensor.
+    the model is not touched. With `packed` N:M sparse weights are written without their zeros (packing/tensors.py), with a card
+    that tells how to load them, else as diffusers does. Equal models make equal files, with a checksum for each tensor.
 
     Raises:
         ValueError: no diffusers model; `folder` holds other things; the model has adapters or fused projections, which `load`
@@ -128,12 +130,33 @@ def save(
     with replacing_folder(folder) as temporary:
         model.save_config(temporary)
         weights = {name: _cast(name, value, dtype) for name, value in model.state_dict().items()}
-        if packed:
-            tensors.write(temporary / PACKED, weights, _worth_packing(model, weights))
+        patterns = tensors.worth_packing(weights) if packed else {}
+        _note_packing(temporary / CONFIG, bool(patterns))
+        if patterns:
+            tensors.write(temporary / WEIGHTS, weights, patterns)
         else:
             tensorfiles.save(temporary / WEIGHTS, weights)
-        if card:
-            (temporary / "README.md").write_text(card)
+        if card or patterns:
+            (temporary / CARD).write_text(card or HOW_TO_LOAD)
+
+
+HOW_TO_LOAD = """The N:M sparse weights here are packed: their zeros are left out. The Python package sparsedm reads them:
+
+```python
+import sparsedm  # before from_pretrained, which reads packed weights then
+
+model = sparsedm.load("this folder")
+```
+"""
+
+
+def _note_packing(config: Path, packed: bool) -> None:
+    """Let a written config say whether its weights are packed, whatever the model was loaded from."""
+    content = read_json(config)
+    if packed or "quantization_config" in content:
+        content.pop("quantization_config", None)
+        content |= {"quantization_config": tensors.QUANTIZATION} if packed else {}
+        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _cast(name: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -164,7 +187,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 def _check_replaceable(folder: Path) -> None:
     others = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    others = {name for name in others if name not in (CONFIG, WEIGHTS, INDEX, PACKED, "README.md") and not fnmatch(name, SHARDS)}
+    others = {name for name in others if name not in (CONFIG, WEIGHTS, INDEX, PACKED, CARD) and not fnmatch(name, SHARDS)}
     if others or (folder.exists() and not folder.is_dir()):
         raise ValueError(
             f"{folder} is in the way and is no model folder (it holds {', '.join(sorted(others)[:3])}); name a new one"
@@ -172,18 +195,11 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def save_packed(model: ModelMixin, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """`save` without the zeros of N:M sparse weights, in `dtype` or the model's own; `load` reads the folder.
+    """`save` without the zeros of N:M sparse weights, in `dtype` or the model's own; `load` and `from_pretrained` read it.
 
     A 2:4 weight takes 9/16 of its dense bytes in float16 and bfloat16, 17/32 in float32.
     """
     save(model, folder, dtype, packed=True)
-
-
-def _worth_packing(model: ModelMixin, weights: Mapping[str, torch.Tensor]) -> dict[str, nm.NMPattern]:
-    """The patterns of the weights that packing makes smaller (31:32 is not among them)."""
-    patterns = {f"{name}.weight": pattern for name, pattern in layers.patterns(model).items()}
-    bits = {name: 8 * weights[name].element_size() for name in patterns}
-    return {k: p for k, p in patterns.items() if p.density * (bits[k] + tensors.position_bits(p)) < bits[k]}
 
 
 def pipeline_schedule(part: Path) -> dict | None:
@@ -226,12 +242,13 @@ def _read_weights(path: Path) -> statedict.State:
         others = [file.name for file in path.parent.glob("diffusion_pytorch_model*") if not file.match(SHARDS)]
         remedy = f"; load {others[0]} with diffusers' from_pretrained and save it with sparsedm.save" if others else ""
         raise FileNotFoundError(f"{path} is missing; a model folder holds {CONFIG} and {WEIGHTS}{remedy}")
-    if path.name == WEIGHTS:
-        return tensorfiles.read(path)[0]
-    return (tensors.read if path.name == PACKED else statedict.read_shards)(path)
+    if path.name == PACKED:
+        return tensors.read(path)
+    state, metadata = (statedict.read_shards if path.name == INDEX else tensorfiles.read)(path)
+    return tensors.unpacked_state(path, state, metadata) if tensors.is_packed(metadata) else state
 
 
-def _take_schedule(model: ModelMixin, schedule: dict | None, folder: Path) -> None:
+def take_schedule(model: ModelMixin, schedule: dict | None, folder: Path) -> None:
     """Note the noise schedule of the folder's config, or of its pipeline, in the model's config, after a try with samplers."""
     path = folder / CONFIG
     if schedule is None:

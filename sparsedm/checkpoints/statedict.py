@@ -25,7 +25,7 @@ def read(path: str | Path) -> State:
     """
     try:
         if str(path).endswith(".index.json"):
-            content = read_shards(path)
+            content, _ = read_shards(path)
         elif str(path).endswith(".safetensors"):
             content, _ = tensorfiles.read(path)
         else:
@@ -51,14 +51,16 @@ def read(path: str | Path) -> State:
     return state
 
 
-def read_shards(index: str | Path) -> State:
-    """The tensors of a large checkpoint that diffusers has split: all safetensors files that `index` lists, which lie beside it.
+def read_shards(index: str | Path) -> tuple[State, dict]:
+    """The tensors of a large checkpoint that diffusers has split, and the metadata of the first file.
+
+    These are the tensors of all safetensors files that `index` lists, which lie beside it.
 
     Raises:
         ValueError: no such index, or a file that cannot be read or does not hold just the tensors that the index says.
         FileNotFoundError: a file is not there.
     """
-    index, state = Path(index), {}
+    index, state, metadata = Path(index), {}, {}
     try:
         files = parse_json(index.read_text())["weight_map"]
         names = sorted(set(files.values()))
@@ -70,13 +72,13 @@ def read_shards(index: str | Path) -> State:
     for name in names:
         path, listed = index.with_name(name), {tensor for tensor, file in files.items() if file == name}
         try:
-            tensors, _ = tensorfiles.read(path)
+            tensors, told = tensorfiles.read(path, part=True)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path} is missing, which {index.name} lists") from error
         if other := sorted(listed ^ set(tensors)):
             raise ValueError(f"{path}: {other[0]} is {'missing' if other[0] in listed else f'not listed in {index.name}'}")
-        state |= tensors
-    return state
+        state, metadata = state | tensors, metadata or told
+    return state, metadata
 
 
 def _is_state(content) -> bool:

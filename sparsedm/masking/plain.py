@@ -49,7 +49,8 @@ def save_as(model: nn.Module, plain: Callable[[nn.Module], nn.Module]) -> None:
     """
     for module in model.modules():
         if hasattr(module, "save_pretrained"):
-            module.save_pretrained = functools.partial(_save_plain, module, plain)
+            save = functools.partial(_save_plain, module, plain)
+            module.save_pretrained = functools.update_wrapper(save, type(module).save_pretrained)  # pipelines read the signature
 
 
 def save_as_is(model: nn.Module) -> None:

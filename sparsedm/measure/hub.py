@@ -54,7 +54,8 @@ def push(
         folders.save(model, folder, dtype, packed=packed)
         saved = folders.load(folder)
         time = step_time(saved) if latency else ""
-        (folder / "README.md").write_text(card(saved, repo, scores, note, folders.bytes_of(folder), recipe, time))
+        size, packed = folders.bytes_of(folder), "quantization_config" in folders.read_json(folder / folders.CONFIG)
+        (folder / folders.CARD).write_text(card(saved, repo, scores, note, size, recipe, time, packed))
         api = HfApi(token=token)
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with sparsedm")
@@ -88,6 +89,7 @@ def card(
     size: int | None = None,
     recipe: Mapping[str, object] | None = None,
     time: str = "",
+    packed: bool = False,
 ) -> str:
     """A model card (Markdown with the hub's header).
 
@@ -97,6 +99,7 @@ def card(
         size: bytes of the saved weights.
         recipe: settings of the training by name.
         time: the sentence of `step_time`.
+        packed: whether weights are saved without their zeros.
     """
     counts, patterns = macs.count(model), Counter(map(str, layers.patterns(model).values()))
     kinds = ", ".join(f"{count} layers {pattern}" for pattern, count in patterns.most_common()) or "dense"
@@ -113,5 +116,7 @@ def card(
         *([cards.scores(scores), ""] if scores else []),
         "```python", "import sparsedm", "from sparsedm.measure import hub", "", f'model = sparsedm.load(hub.pull("{repo}"))',
         "fast = sparsedm.pack(model)", "```", "",
+        *(["The weights are packed: diffusers' `from_pretrained` reads them after `import sparsedm`.", ""]
+          if packed and not pruned else []),
     ]  # fmt: skip
     return "\n".join(lines)

@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Mapping
 
 import torch
+from diffusers import ModelMixin
+from diffusers.quantizers import DiffusersAutoQuantizer
 from torch import nn
 
 from ..masking import layers, nm
@@ -196,7 +198,7 @@ def pack(model: nn.Module, *, backend: str = "auto", batch: int = 4, inputs: Inp
     for name, layer in packed.items():
         _replace(model, name, layer)
     if packed:
-        save_as(model, unpack)
+        save_as(model, _for_saving)
     return model
 
 
@@ -314,6 +316,16 @@ def unpack(model: nn.Module) -> nn.Module:
         _replace(model, name, module.plain())
     if packed:
         save_as_is(model)
+    return model
+
+
+def _for_saving(model: nn.Module) -> nn.Module:
+    """The model unpacked; diffusers' `save_pretrained` writes its N:M sparse weights packed then."""
+    unpack(model)
+    if isinstance(model, ModelMixin):
+        model.hf_quantizer = DiffusersAutoQuantizer.from_config(dict(tensors.QUANTIZATION))
+        if not model.config.get("quantization_config"):
+            model.register_to_config(quantization_config=dict(tensors.QUANTIZATION))
     return model
 
 

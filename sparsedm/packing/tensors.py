@@ -2,7 +2,7 @@
 
 A weight [out, in, ...] becomes `values`, the kept weights of every output with the input axis fastest, and `positions`, where
 in its group each of them stood, ceil(log2 M) bits apiece. At 2:4 in float16 that is 9/16 of the dense bytes. The file is
-safetensors: no pickle, a checksum per tensor, checked when it is read.
+safetensors: no pickle, a checksum per tensor, checked when it is read. The layers stand in the metadata as ComfyUI has them.
 """
 
 import json
@@ -18,7 +18,11 @@ from ..masking.nm import NMPattern
 from ..support import tensorfiles
 from ..support.files import parse_json, replacing
 
-FORMAT, VERSION = "sparsedm-packed", 1
+FORMAT, VERSION = "sparsedm-packed", 2
+LAYERS, LAYERS_1 = "_quantization_metadata", "layers"  # in the metadata of a file, and of a file of version 1
+LAYER_FORMAT = "sparsedm-nm"
+QUANTIZER = "sparsedm"  # as diffusers calls the reader of packed folders (checkpoints/quantizer.py)
+QUANTIZATION = {"quant_method": QUANTIZER}  # in the config.json of a packed folder
 VALUES, POSITIONS = ".values", ".positions"
 
 
@@ -57,12 +61,9 @@ def unpack(values: torch.Tensor, positions: torch.Tensor, pattern: NMPattern | s
         ValueError: shapes that do not fit each other, or positions that are not increasing within their group.
     """
     pattern, shape = NMPattern.parse(pattern), tuple(shape)
-    if len(shape) < 2 or shape[1] % pattern.m:
-        raise ValueError(f"shape {list(shape)} does not divide into groups of {pattern.m} along axis 1")
-    groups = math.prod(shape[1:]) // pattern.m
-    bits, count = position_bits(pattern), shape[0] * groups * pattern.n
-    fits = tuple(values.shape) == (shape[0], groups * pattern.n) and positions.numel() == -(-count * bits // 8)
-    if not fits or positions.dtype != torch.uint8:
+    expected, size = packed_sizes(shape, pattern)
+    groups, bits, count = expected[1] // pattern.n, position_bits(pattern), math.prod(expected)
+    if tuple(values.shape) != expected or positions.numel() != size or positions.dtype != torch.uint8:
         raise ValueError(
             f"values {list(values.shape)} and {positions.numel()} bytes of positions do not make {list(shape)} at {pattern}"
         )
@@ -74,7 +75,20 @@ def unpack(values: torch.Tensor, positions: torch.Tensor, pattern: NMPattern | s
     dense = values.new_zeros(shape[0], groups, pattern.m)  # [out, groups, M]
     dense.scatter_(-1, index.to(values.device), values.view(index.shape))
     dense = dense.reshape(shape[0], *shape[2:], shape[1])  # [out, ..., in]
-    return dense.movedim(-1, 1).contiguous()  # [out, in, ...]
+    dense = dense.movedim(-1, 1)  # [out, in, ...]
+    return dense.clone(memory_format=torch.contiguous_format)  # the strides of a fresh tensor: kernels are chosen by them
+
+
+def packed_sizes(shape: tuple[int, ...], pattern: NMPattern) -> tuple[tuple[int, int], int]:
+    """The shape of the values and the number of bytes of positions of a weight of `shape` [out, in, ...].
+
+    Raises:
+        ValueError: the input axis does not divide into groups.
+    """
+    if len(shape) < 2 or shape[1] % pattern.m:
+        raise ValueError(f"shape {list(shape)} does not divide into groups of {pattern.m} along axis 1")
+    values = shape[0], math.prod(shape[1:]) // pattern.m * pattern.n
+    return values, -(-math.prod(values) * position_bits(pattern) // 8)
 
 
 def _rows(weight: torch.Tensor) -> torch.Tensor:
@@ -82,14 +96,23 @@ def _rows(weight: torch.Tensor) -> torch.Tensor:
     return weight.movedim(1, -1).flatten(1)
 
 
-def write(path: str | Path, state: Mapping[str, torch.Tensor], patterns: Mapping[str, NMPattern]) -> None:
-    """Write a packed checkpoint: the tensors of `state` named in `patterns` packed, the others as they are.
+def worth_packing(state: Mapping[str, torch.Tensor]) -> dict[str, NMPattern]:
+    """The patterns of the N:M sparse weights in a state dict that packing makes smaller (31:32 is not among them)."""
+    weights = {name: x for name, x in state.items() if name.endswith(".weight") and x.is_floating_point()}
+    patterns = {name: pattern for name, weight in weights.items() if (pattern := nm.detect(weight))}
+    bits = {name: 8 * weights[name].element_size() for name in patterns}
+    return {k: p for k, p in patterns.items() if p.density * (bits[k] + position_bits(p)) < bits[k]}
 
-    Every packed tensor is unpacked and compared before anything is written.
+
+def packed_state(
+    state: Mapping[str, torch.Tensor], patterns: Mapping[str, NMPattern]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a packed file, on the CPU, and its metadata: the weights named in `patterns` packed, all else as in `state`.
+
+    Every packed tensor is unpacked and compared.
 
     Raises:
         ValueError: a tensor is not sparse as its pattern says, by name.
-        OSError: the file cannot be written; a previous file stays.
     """
     tensors, layers = {}, {}
     for name, tensor in state.items():
@@ -103,9 +126,21 @@ def write(path: str | Path, state: Mapping[str, torch.Tensor], patterns: Mapping
             raise ValueError(f"{name}: {error}") from error
         if not torch.equal(unpack(values, positions, patterns[name], tensor.shape), tensor):
             raise ValueError(f"{name} does not survive packing (NaN?)")
-        tensors[_layer(name) + VALUES], tensors[_layer(name) + POSITIONS] = values, positions
-        layers[name] = {"pattern": str(patterns[name]), "axis": 1, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
-    metadata = {"format": FORMAT, "version": str(VERSION), "layers": json.dumps(layers)}
+        layer = name.removesuffix(".weight")  # as in the state dict of a packed model (packed.py)
+        tensors[layer + VALUES], tensors[layer + POSITIONS] = values, positions
+        layers[layer] = {"format": LAYER_FORMAT, "pattern": str(patterns[name]), "shape": list(tensor.shape)}
+    listed = json.dumps({"format_version": "1.0", "layers": layers}, separators=(",", ":"))
+    return tensors, {"format": FORMAT, "version": str(VERSION), LAYERS: listed}
+
+
+def write(path: str | Path, state: Mapping[str, torch.Tensor], patterns: Mapping[str, NMPattern]) -> None:
+    """Write a packed checkpoint, `packed_state`.
+
+    Raises:
+        ValueError: as `packed_state`.
+        OSError: the file cannot be written; a previous file stays.
+    """
+    tensors, metadata = packed_state(state, patterns)
     with replacing(path) as temporary:
         tensorfiles.save(temporary, tensors, metadata)
 
@@ -117,37 +152,42 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
         ValueError: not such a file, truncated, of a newer version, or damaged; the tensor is named.
     """
     tensors, metadata = tensorfiles.read(path)
-    _check_version(path, metadata)
-    try:
-        layers = parse_json(metadata["layers"])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable packed checkpoint ({error!r}); fetch or save it again") from error
-    if not isinstance(layers, dict) or tensorfiles.CHECKSUMS not in metadata:
-        raise ValueError(f"{path}: its metadata lists no layers, or no checksums; fetch or save it again")
-    return _unpack_all(path, tensors, layers)
+    if not is_packed(metadata):
+        raise ValueError(f"{path} is not a packed checkpoint (its format is {metadata.get('format')!r}, not {FORMAT!r})")
+    return unpacked_state(path, tensors, metadata)
 
 
-def _unpack_all(path: str | Path, tensors: dict[str, torch.Tensor], layers: dict) -> dict[str, torch.Tensor]:
-    state = {}
+def is_packed(metadata: Mapping[str, str]) -> bool:
+    """Whether a file with this metadata is a packed checkpoint, or a part of one."""
+    return metadata.get("format") == FORMAT
+
+
+def unpacked_state(path: str | Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The plain state dict of the tensors and the metadata of the packed checkpoint at `path`. Raises ValueError as `read`."""
+    layers, state, rest = packed_layers(path, metadata), {}, dict(tensors)
     for name, layer in layers.items():
         try:
-            values, positions = tensors.pop(_layer(name) + VALUES), tensors.pop(_layer(name) + POSITIONS)
-            if layer["axis"] != 1 or str(values.dtype) != layer["dtype"]:
-                raise ValueError(f"axis {layer['axis']} and dtype {values.dtype} are not what the metadata says")
-            state[name] = unpack(values, positions, layer["pattern"], layer["shape"])
+            values, positions = rest.pop(name + VALUES), rest.pop(name + POSITIONS)
+            state[f"{name}.weight"] = unpack(values, positions, layer["pattern"], layer["shape"])
         except Exception as error:  # of any kind: the metadata may say anything
-            raise ValueError(f"{path}: {name} cannot be unpacked: {error!r}") from error
-    return state | tensors
+            raise ValueError(f"{path}: {name}.weight cannot be unpacked: {error!r}") from error
+    return state | rest
 
 
-def _layer(name: str) -> str:
-    """A weight's layer: the tensors are named as in the state dict of a packed model (packing/packed.py)."""
-    return name.removesuffix(".weight")
+def packed_layers(path: str | Path, metadata: Mapping[str, str]) -> dict[str, dict]:
+    """`pattern` and `shape` of the packed weights, by layer, as the metadata of a packed checkpoint says.
 
-
-def _check_version(path: str | Path, metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a packed checkpoint (its format is {metadata.get('format')!r}, not {FORMAT!r})")
+    Raises:
+        ValueError: a newer version, or metadata that cannot be read.
+    """
     version = metadata.get("version", "")
     if not version.isdecimal() or int(version) > VERSION:
         raise ValueError(f"{path} has format version {version!r}, this package reads up to {VERSION}; upgrade it")
+    try:
+        listed = parse_json(metadata[LAYERS])["layers"] if int(version) > 1 else parse_json(metadata[LAYERS_1])
+        layers = {name.removesuffix(".weight"): layer for name, layer in listed.items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable packed checkpoint ({error!r}); fetch or save it again") from error
+    if tensorfiles.CHECKSUMS not in metadata:
+        raise ValueError(f"{path}: its metadata has no checksums; fetch or save it again")
+    return layers

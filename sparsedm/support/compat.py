@@ -7,8 +7,10 @@ schemas is enough. On a matched pair the plain import works and nothing is decla
 """
 
 import sys
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.machinery import SourceFileLoader
 from types import ModuleType
+
+from .imports import load_with
 
 _SCHEMAS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -23,19 +25,7 @@ def repair_torchvision_on_import() -> None:
     This imports neither torch nor torchvision. A torchvision that is imported already, is absent, or is broken in another way
     is left alone.
     """
-    if _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)
-
-
-class _Finder:
-    """Finds torchvision where Python finds it, and nothing else."""
-
-    @staticmethod
-    def find_spec(fullname: str, path=None, target=None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, path, target) if fullname == "torchvision" else None
-        if spec and type(spec.loader) is SourceFileLoader:
-            spec.loader = _Loader(spec.loader.name, spec.loader.path)
-        return spec
+    load_with("torchvision", _Loader)
 
 
 class _Loader(SourceFileLoader):

@@ -3,10 +3,11 @@
 The checksums are JSON in the file's metadata, {tensor: CRC-32 of dtype, shape and bytes}.
 """
 
+import contextlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from .files import parse_json
 
 CHECKSUMS = "checksums"
+REMEDY = "fetch or save it again"
 
 
 def save(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -42,8 +44,10 @@ def _sort_header(path: str | Path) -> None:
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
-def read(path: str | Path, remedy: str = "fetch or save it again") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read(path: str | Path, remedy: str = REMEDY, part: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file, checked if there are checksums, and its metadata.
+
+    A `part` of a checkpoint may have the checksums of all parts.
 
     The tensors are mapped from the file: a caller that keeps tensors copies them, or a later change of the file changes them.
 
@@ -51,17 +55,28 @@ def read(path: str | Path, remedy: str = "fetch or save it again") -> tuple[dict
         ValueError: not a safetensors file, truncated, or damaged; the file is named, the tensor, and the `remedy`.
         FileNotFoundError: there is no such file.
     """
-    path = Path(path)
-    if not path.is_file():
+    with _opened(path, remedy) as file:
+        metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if CHECKSUMS in metadata:
+        check(path, tensors, metadata[CHECKSUMS], remedy, part)
+    return tensors, metadata
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a file alone. Raises as `read`."""
+    with _opened(path, REMEDY) as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, remedy: str) -> Iterator[safe_open]:
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
         with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except Exception as error:  # safetensors' own, and torch's for a dtype that it does not know
         raise ValueError(f"{path} is not a readable safetensors file ({error}); {remedy}") from error
-    if CHECKSUMS in metadata:
-        _check(path, tensors, metadata[CHECKSUMS], remedy)
-    return tensors, metadata
 
 
 def checksums(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -69,12 +84,13 @@ def checksums(tensors: Mapping[str, torch.Tensor]) -> str:
     return json.dumps({name: _checksum(tensor) for name, tensor in tensors.items()})
 
 
-def _check(path: Path, tensors: Mapping[str, torch.Tensor], expected: str, remedy: str) -> None:
+def check(path: str | Path, tensors: Mapping[str, torch.Tensor], expected: str, remedy: str = REMEDY, part: bool = False) -> None:
+    """Raise ValueError, with its name, for a tensor with another checksum, and unless all or, in a `part`, some are there."""
     try:
         known = parse_json(expected)
     except ValueError as error:
         raise ValueError(f"{path}: the checksums in its metadata cannot be read; {remedy}") from error
-    if not isinstance(known, dict) or set(known) != set(tensors):
+    if not isinstance(known, dict) or set(tensors) - set(known) or (not part and set(known) - set(tensors)):
         raise ValueError(f"{path}: the tensors are not those that its metadata lists; {remedy}")
     for name, tensor in tensors.items():
         if _checksum(tensor) != known[name]:
