@@ -202,6 +202,14 @@ def test_damage_is_refused_by_name(folder, change, message):
         UNet2DModel.from_pretrained(folder)
 
 
+def test_pruned_channels_are_left_to_load(unet, tmp_path):
+    pruned = sparsedm.fold(sparsedm.sparsify(sparsedm.prune(unet, 0.5, score="random"), "1:2"))
+    sparsedm.save_packed(pruned, tmp_path / "pruned")
+    with pytest.raises(ValueError, match=r"pruned.*sparsedm\.load"):
+        UNet2DModel.from_pretrained(tmp_path / "pruned")
+    assert_equal(sparsedm.load(tmp_path / "pruned"), pruned)
+
+
 def test_what_is_done_to_a_loaded_model_is_what_is_saved(unet, folder, tmp_path):
     loaded = sparsedm.sparsify(UNet2DModel.from_pretrained(folder), "1:4")
     loaded.save_pretrained(tmp_path / "sparser")
