@@ -123,3 +123,13 @@ def test_the_quickstart_keeps_its_promise_of_five_lines():
     (code,) = (cell["source"] for cell in cells("00_quickstart") if "sparsedm.finetune(" in cell["source"])
     steps = [ast.unparse(line) for line in ast.parse(code).body if not isinstance(line, ast.Import)]
     assert [re.search(r"sparsedm\.(\w+)", step)[1] for step in steps] == ["load", "sparsify", "finetune", "fold"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_solution_names_its_exercise_and_checks_its_number(name):
+    found = json.loads(NOTEBOOKS[name].read_text())["cells"]
+    exercises = next("".join(cell["source"]) for cell in reversed(found) if cell["cell_type"] == "markdown")
+    solutions = [cell["source"] for cell in cells(name) if tagged(cell, "solution")]
+    numbers = [re.match(r"# Exercise (\d)\. ", source)[1] for source in solutions]
+    assert numbers == sorted(set(numbers) & set(re.findall(r"^(\d)\. ", exercises, re.MULTILINE)))
+    assert all("\nassert " in source for source in solutions) and (not numbers or "folded cell" in exercises)
