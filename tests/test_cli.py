@@ -32,7 +32,7 @@ def test_info_shows_layers_patterns_and_macs():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("info", "nothing"), "error: unknown model 'nothing'; bundled: glyph-classifier, glyphs-"),
+        (("info", "nothing"), "error: unknown model 'nothing'; bundled: face-classifier, glyph-classifier, glyphs-"),
         (("reproduce", "nothing"), "error: unknown recipe 'nothing'; `python -m sparsedm reproduce list` shows"),
         (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: step, layers, methods, shares"),
         (("bench", "--device", "abacus"), "error: device 'abacus' is not there: "),

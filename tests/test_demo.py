@@ -230,7 +230,9 @@ def test_the_times_are_compared_pair_by_pair(right_seconds, words):
 
 def test_figures_count_both_halves_of_a_guided_step():
     half_way = lane((0.01,) * 3, "2:4")
-    order = race.Order(lane().variant, half_way.variant, 2, data.word_labels("A7"), True, 0, 6, "ddim", 1.0)
+    labels = data.word_labels("A7")
+    asked = race.Asked(2, labels, judge=judges.GLYPHS, expected=labels)
+    order = race.Order(lane().variant, half_way.variant, asked, 0, 6, "ddim", 1.0)
     table = compare.figures(half_way, order)
     assert "600 needed, 1.10 k executed" in table
     assert "7.20 k needed, 13.2 k executed" in table  # 2 pictures, 3 steps, 2 calls

@@ -323,7 +323,7 @@ def test_a_text_unet_is_scored_with_its_texts_pruned_and_reloaded(tmp_path):
 
 def test_what_reads_a_removed_channel_loses_its_weights_across_skips_and_attention(monkeypatch):
     """A UNet whose doomed channels are zero wherever they are made gives what the pruned one gives."""
-    model = folders.load("glyphs-unet").double()
+    model = folders.load("glyphs-unet").double().requires_grad_(False)
     pruned = diffpruning.prune(model, 0.4, score="random")
     for name, axes in pruned.config.pruning.items():
         layer = model.get_submodule(name)
@@ -459,24 +459,16 @@ class Broken(UNet2DModel):
         raise RuntimeError("out of order")
 
 
-def test_models_that_cannot_be_traced_or_run_without_channels_are_refused_and_untouched():
+def test_models_that_cannot_be_traced_are_refused_and_untouched():
     small = {"block_out_channels": (32, 64), "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 8}
     broken = Broken(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **small)
-    crossed = UNet2DConditionModel(  # whose gated MLPs split a layer's outputs in two
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32, **small,
-    )  # fmt: skip
-    for model, message in (
-        (broken, "cannot trace Broken: out of order"),
-        (crossed, "UNet2DConditionModel does not run with what is"),
-    ):
-        model.train()
-        before = {key: value.clone() for key, value in model.state_dict().items()}
-        with pytest.raises(ValueError, match=message):
-            diffpruning.prune(model, 0.3, score="magnitude")
-        assert all(module.training and not module._forward_hooks for module in model.modules())
-        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-        assert not getattr(model.config, "pruning", None)
+    broken.train()
+    before = {key: value.clone() for key, value in broken.state_dict().items()}
+    with pytest.raises(ValueError, match="cannot trace Broken: out of order"):
+        diffpruning.prune(broken, 0.3, score="magnitude")
+    assert all(module.training and not module._forward_hooks for module in broken.modules())
+    assert all(torch.equal(value, before[key]) for key, value in broken.state_dict().items())
+    assert not getattr(broken.config, "pruning", None)
     for model in (Toy(), nn.Sequential(nn.Linear(4, 4))):
         with pytest.raises(ValueError, match=f"knows U-ViT.*{type(model).__name__} is neither"):
             diffpruning.prune(model, 0.5, score="random", inputs={"x": torch.zeros(1)})

@@ -227,7 +227,7 @@ def test_real_pictures_have_the_size_of_those_that_are_scored(tmp_path, monkeypa
         Image.new("RGB", (40, 36)).save(tmp_path / f"{i}.png")
     seen = []
 
-    def frechet(images, real, weights):
+    def frechet(images, real, weights, judge):
         seen.append((len(real), *real[0][0].shape))
         return {"fid": 0.0}
 
@@ -341,7 +341,7 @@ def test_results_are_those_of_the_reference_pictures_that_are_there(tiny_recipes
 def test_damaged_files_of_a_run_are_named(tiny_recipes, name):
     next(experiment.reproduce("teacher", tiny_recipes, PROTOCOL))
     (tiny_recipes / "teacher" / name).write_text('{"steps": 6, "ba')
-    with pytest.raises(ValueError, match=rf"teacher/{name} is damaged .*; remove it"):
+    with pytest.raises(ValueError, match=rf"teacher/{name} is damaged: .*; remove it"):
         next(experiment.reproduce("teacher", tiny_recipes, PROTOCOL))
 
 

@@ -176,7 +176,7 @@ def test_a_claim_follows_no_link_and_waits_for_no_pipe(tmp_path):
 def test_damaged_json_is_named_with_the_remedy(tmp_path, content):
     path = tmp_path / "settings.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"settings\.json is damaged \(.*\); remove it"):
+    with pytest.raises(ValueError, match=r"settings\.json is damaged: .*; remove it"):
         files.read_json(path, "remove it")
     files.write_json(path, {"a": [1]})
     assert files.read_json(path, "") == {"a": [1]} and path.read_text().endswith("}\n")

@@ -161,7 +161,7 @@ def test_any_value_in_a_config_is_refused_or_gives_a_model_of_these_weights(make
         back = load(tmp_path, file.name)
         refused, read = refused + (back is None), read + (back is not None)
         assert back is None or same(model, back)
-    assert refused > 50 and read > 30
+    assert refused > 50 and read > 10
 
 
 def test_any_value_in_a_noise_schedule_is_refused_or_sampled_with(tmp_path):
