@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str:
-    return "about ten minutes on two cores, notebooks included; -n 0 runs one test at a time"
+    return "about twenty minutes on two cores, notebooks included; -n 0 runs one test at a time"
 
 
 @pytest.hookimpl(wrapper=True)

@@ -236,9 +236,14 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def verdicts(base: str) -> list[Verdict]:
-    """A verdict on every one of `CLAIMS` from one teacher's results; what has not been run cannot be told."""
+def verdicts(base: str, chance: Chance | None = None) -> list[Verdict]:
+    """A verdict on every one of `CLAIMS` from one teacher's results; what has not been run cannot be told.
+
+    `chance` takes the place of the deviation that all stored runs have together.
+    """
     evidence = Evidence(base)
+    if chance:
+        evidence.chance = chance
     return [_judged(judge, evidence) for _, _, judge in CLAIMS]
 
 
