@@ -16,6 +16,8 @@ from sparsedm.checkpoints import folders
 from sparsedm.data.latents import Latents
 from sparsedm.experiments import beginning, experiment, recipes
 from sparsedm.masking import layers
+from sparsedm.measure import evaluation, metrics
+from sparsedm.models.uvit import UViTModel
 from sparsedm.pruning import diffpruning
 from sparsedm.training import runlog
 
@@ -100,3 +102,26 @@ def test_teachers_and_students_start_step_save_and_resume(name, trial, tmp_path)
         model = folders.load(tmp_path / run / "model")
         assert all(torch.isfinite(p).all() for p in model.parameters())
         assert bool(layers.patterns(model)) == bool(PAPER[run].pattern)
+
+
+FACES = {name: found for name, found in recipes.RECIPES.items() if found.suite == "faces"}
+
+
+@pytest.mark.parametrize("name", ["faces-unet-2x4-from-calibrated", "faces-unet-diffpruned", "faces-uvit-2x4-oneshot"])
+def test_recipes_for_faces_make_students_that_draw_from_words(name, monkeypatch, tmp_path):
+    chosen = FACES[name]
+    cls, config = FACES[chosen.base].model
+    small = {"embed_dim": 16, "depth": 2, "num_heads": 2} if cls is UViTModel else {"block_out_channels": (8, 8, 16)}
+    torch.manual_seed(0)
+    base = cls(**{**config, **small})
+    base.register_to_config(noise_schedule=FACES[chosen.base].schedule, context_tokens=FACES[chosen.base].context_tokens)
+    folders.save(base, tmp_path / chosen.base / "model")
+    chosen = dataclasses.replace(chosen, calibrate={"n": 32, "packages": 1} if chosen.calibrate else {})
+    monkeypatch.setitem(recipes.RECIPES, name, chosen)
+    monkeypatch.setattr(beginning, "IMPORTANCE_PICTURES", 2)
+    monkeypatch.setitem(metrics.MIN_SAMPLES, "fd", 4)
+    protocol = dataclasses.replace(chosen.protocol, n=4, steps=2)
+    trial = {**TRIAL, "warmup": 0, "steps": 1} if chosen.train else {}
+    drawn = itertools.takewhile(lambda state: state.stage != "score", experiment.reproduce(name, tmp_path, protocol, **trial))
+    assert [state.stage for state in drawn][-1] == "sample the base"
+    assert evaluation.sampled(tmp_path / name, protocol, 4).shape == (4, 3, 32, 32)

@@ -38,13 +38,14 @@ def start(chosen: Recipe, out: Path, seed: int) -> Iterator[Progress]:
         model = yield from pruned(model, chosen, out / chosen.base, seed)
     if chosen.calibrate:
         yield from _calibrated(model, chosen, seed)
-    elif chosen.pattern:
+    weights_train = chosen.train and "train_only" not in chosen.train
+    if chosen.pattern and (weights_train or not chosen.calibrate):
         students.sparsify(model, chosen.pattern, **chosen.sparsify)
     return model, teacher
 
 
 def _calibrated(model: nn.Module, chosen: Recipe, seed: int) -> Iterator[Progress]:
-    """Make the model N:M by calibration; training may change what the masks leave."""
+    """Make the model N:M by calibration."""
     options = {"data": chosen.data, "pattern": chosen.pattern, "seed": seed, **chosen.calibrate}
     for state in calibrate(model, **options):
         yield Progress("calibrate", state.layer, state.layers, f"{state.name} {state.before:.3f} -> {state.after:.3f}")

@@ -24,7 +24,7 @@ class Recipe:
         data: the data set's name.
         bundle: whether the checkpoint ships with the package.
         sparsify: options of `sparsedm.sparsify`.
-        calibrate: options of `sparsedm.calibrate`, which then makes the masks; training keeps them ({}: masks by magnitude).
+        calibrate: options of `sparsedm.calibrate`, from whose weights and masks training goes on; {} for masks by magnitude.
             With `data` None the inputs are the model's own trajectories.
         prune: options of `diffpruning.prune`, and the `threshold` of the importance; {} for whole models. With `reinit` the
             weights are drawn anew: the same shape from scratch.

@@ -1,8 +1,12 @@
-"""The experiments on cartoon faces of 32x32 pixels in colour, drawn from words: both papers' methods on text-to-image models."""
+"""The experiments on cartoon faces of 32x32 pixels in colour, drawn from words: both papers' methods on text-to-image models.
+
+Every student has a fifth of its teacher's training, the most that Diff-Pruning claims to need, or none.
+"""
 
 from diffusers import UNet2DConditionModel
 
 from ...data.faces import DIM, TOKENS
+from ...measure.protocol import Protocol
 from ...models.uvit import UViTModel
 from .base import Recipe
 from .glyphs import SCHEDULE, TEACH
@@ -17,14 +21,46 @@ _UNET = {
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"), "mid_block_type": "UNetMidBlock2DCrossAttn",
     "cross_attention_dim": DIM, "attention_head_dim": 4, "norm_num_groups": 8,
 }  # fmt: skip
+_PROTOCOL = Protocol(n=5_000, steps=20)
+_GENTLE = {"lr": 3e-4}
+_CALIBRATE = {"n": 1024}
+_TEACHER_ONLY = {"noise_weight": 0.0, "teacher_weight": 1.0}
 
 
 def recipes() -> dict[str, Recipe]:
     teach = {**TEACH, "mixed_precision": "bf16", "batch_size": 64, "warmup": 300, "checkpoint_every": 100}
     uvit = {**teach, "steps": 6_000, "optimizer": "muon"}
     unet = {**teach, "steps": 6_000}
-    teacher = {"suite": "faces", "method": "teacher", "schedule": SCHEDULE, "data": "faces"}
     return {
-        "faces-uvit": Recipe(backbone="U-ViT", model=(UViTModel, _UVIT), train=uvit, **teacher),
-        "faces-unet": Recipe(backbone="UNet", model=(UNet2DConditionModel, _UNET), context_tokens=TOKENS, train=unet, **teacher),
+        **_suite("faces-uvit", "U-ViT", (UViTModel, _UVIT), uvit, 0.5),
+        **_suite("faces-unet", "UNet", (UNet2DConditionModel, _UNET), unet, 0.35),
     }
+
+
+def _suite(base: str, backbone: str, model: tuple[type, dict], teach: dict, half: float) -> dict[str, Recipe]:
+    """The teacher and its students at half the MACs; `half` is the share of channels whose removal leaves half of them."""
+    tune = {**teach, "lr": 1e-3, "warmup": 50, "steps": teach["steps"] // 5}
+    common = {"suite": "faces", "backbone": backbone, "data": "faces", "protocol": _PROTOCOL}
+    text = {"context_tokens": TOKENS, "schedule": SCHEDULE, "model": model, "train": teach, "bundle": True}
+    students = {}
+
+    def add(key: str, method: str, **options) -> None:
+        students[f"{base}-{key}"] = Recipe(method=method, base=base, role=key, **common, **options)
+
+    def pruned() -> dict:
+        return {"ratio": half, "round_to": 4, "score": "squared", "threshold": 0.05}
+
+    calibrated = {"pattern": "2:4", "calibrate": _CALIBRATE}
+    distilled = {"pattern": "2:4", "distil": True}
+    add("2x4-oneshot", "2:4, one-shot", pattern="2:4")
+    add("2x4-calibrated", "2:4, calibrated, no training", bundle=True, **calibrated)
+    add("more", "dense, same extra training", train=tune, seeds=3)
+    add("more-gentle", "dense, same extra training, lr 3e-4", train={**tune, **_GENTLE}, seeds=3)
+    add("2x4", "2:4, SparseDM", train=tune, seeds=3, **distilled)
+    add(
+        "2x4-from-calibrated", "2:4, teacher's loss from the calibrated start, lr 3e-4", bundle=True, distil=True, seeds=3,
+        train={**tune, **_GENTLE, **_TEACHER_ONLY}, **calibrated,
+    )  # fmt: skip
+    add("diffpruned", "Diff-Pruning", prune=pruned(), train=tune, seeds=3)
+    add("diffpruned-2x4", "Diff-Pruning, then 2:4, SparseDM", prune=pruned(), train=tune, **distilled)
+    return {base: Recipe(method="teacher", **common, **text), **students}

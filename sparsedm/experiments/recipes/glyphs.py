@@ -92,6 +92,18 @@ def _headline(base: str, backbone: str, model: tuple[type, dict], teach: dict, t
             distil=True,
             train=_RECOVER,
         ),
+        f"{base}-2x4-from-calibrated": Recipe(
+            "headline",
+            backbone,
+            "2:4, teacher's loss from the calibrated start, lr 3e-4",
+            base,
+            "2x4-from-calibrated",
+            pattern="2:4",
+            calibrate=_CALIBRATE,
+            distil=True,
+            train={**tune, **_TEACHER_ONLY, **_GENTLE},
+            seeds=3,
+        ),
         f"{base}-2x4": Recipe("headline", backbone, "2:4, SparseDM", base, "2x4", pattern="2:4", distil=True, **student),
         f"{base}-2x4-teacher-only": Recipe(
             "headline",
