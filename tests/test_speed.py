@@ -38,6 +38,16 @@ def test_another_device_computes_and_onednn_is_left_out():
     assert speed.all_threads("meta") == (torch.get_num_threads(),)
 
 
+def test_compiled_models_run_with_frozen_weights_too(make_model, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, options=None: compiled.append((model, options)) or model)
+    models = {name: make_model("unet").eval() for name in ("dense", "packed")}
+    row = speed.compare("step", models, batch=1, compiled=True, rounds=1)
+    assert {"dense, compiled", "dense, frozen", "packed, frozen"} < set(row["ms"])
+    frozen = [model for model, options in compiled if options == {"freezing": True}]
+    assert len(frozen) == 2 and not any(isinstance(model, type(models["dense"])) for model in frozen)  # else torch reuses graphs
+
+
 def test_a_benchmarks_rows_are_told_as_they_are_measured():
     told = []
 

@@ -1,8 +1,8 @@
 """Dense against packed on this machine, layer by layer and whole sampling steps, as ratios of interleaved runs.
 
-Every model counts as it runs fastest: eager, channels-last or compiled. Models without packed layers, dense or pruned, also run
-converted to oneDNN by `torch.utils.mkldnn.to_mkldnn`. Few people convert models so, but on CPUs that MKL serves badly oneDNN's
-linear layers are twice as fast as PyTorch's own.
+Every model counts as it runs fastest: eager, channels-last, compiled, or compiled with frozen weights, which Inductor then lays
+out beforehand. Models without packed layers, dense or pruned, also run converted to oneDNN by `torch.utils.mkldnn.to_mkldnn`. Few
+people convert models so, but on CPUs that MKL serves badly oneDNN's linear layers are twice as fast as PyTorch's own.
 """
 
 import contextlib
@@ -33,8 +33,11 @@ TOKENS, IMAGES = 1028, 4
 def machine(device: str | torch.device = "cpu") -> dict:
     """The processor, the threads and the version of torch, on which times depend."""
     gpu = {"gpu": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {}
-    return {"machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), **gpu}  # fmt: skip
+    facts = torch.cpu.get_capabilities()
+    return {
+        "machine": platform.machine(), "processor": facts["cpu_name"], "cpu": torch.backends.cpu.get_cpu_capability(),
+        "amx": facts.get("amx_tile", False), "torch": torch.__version__, "threads": torch.get_num_threads(), **gpu,
+    }  # fmt: skip
 
 
 def all_threads(device: str | torch.device = "cpu") -> tuple[int, ...]:
@@ -131,6 +134,7 @@ def compare(what: str, models: Mapping[str, nn.Module], batch: int, compiled: bo
             variants |= _onednn(name, model, lambda model: model(**inputs))
         if compiled:
             variants[str(Variant(name, "compiled"))] = torch.compile(model)
+            variants |= _frozen(name, model)
     row = _row(variants, lambda model: model(**inputs), rounds)
     skipped = 1 - macs.count(fast).executed / macs.count(dense).dense
     return {"what": what, **row, "macs_skipped": skipped, "weight_bytes": sizes.memory(fast) / sizes.memory(dense)}
@@ -176,7 +180,7 @@ class Variant(NamedTuple):
 
     Attributes:
         kind: "dense", "packed" or "pruned".
-        way: "eager", "channels last", "compiled" or "oneDNN".
+        way: "eager", "channels last", "compiled", "frozen" or "oneDNN".
     """
 
     kind: str
@@ -203,6 +207,25 @@ def _onednn(name: str, model: nn.Module, call: Callable[[nn.Module], object]) ->
         call(converted)
         return {str(Variant(name, "oneDNN")): converted}
     return {}
+
+
+class _Frozen(nn.Module):
+    """A model in a class of its own: torch would take the graph compiled for another model of the same class."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **inputs):
+        return self.model(*args, **inputs)
+
+
+def _frozen(name: str, model: nn.Module) -> dict[str, nn.Module]:
+    """A copy of the model, compiled with its weights as constants, by its variant's name; {} on other devices than the CPU."""
+    if next(model.parameters()).device.type != "cpu":
+        return {}
+    copied = _Frozen(copy.deepcopy(model)).eval()
+    return {str(Variant(name, "frozen")): torch.compile(copied, options={"freezing": True})}
 
 
 def _formats(name: str, model: nn.Module) -> dict[str, nn.Module]:
