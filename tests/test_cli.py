@@ -34,7 +34,7 @@ def test_info_shows_layers_patterns_and_macs():
     [
         (("info", "nothing"), "error: unknown model 'nothing'; bundled: face-classifier, glyph-classifier, glyphs-"),
         (("reproduce", "nothing"), "error: unknown recipe 'nothing'; `python -m sparsedm reproduce list` shows"),
-        (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: step, layers, methods, shares"),
+        (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: step, layers, methods, shares, large"),
         (("bench", "--device", "abacus"), "error: device 'abacus' is not there: "),
         (
             ("bench", "--what", "train-step", "--device", "meta"),

@@ -1,12 +1,16 @@
 """Speed measurements: the rows say what was measured."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import sparsedm
 from sparsedm.experiments import bench
 from sparsedm.masking import layers
-from sparsedm.measure import speed
+from sparsedm.measure import large as measure_large
+from sparsedm.measure import sizes, speed
+from sparsedm.models import large
 from sparsedm.packing import kernels
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler for the packed kernels")
@@ -92,3 +96,25 @@ def test_the_student_of_a_users_model_keeps_layers_dense_whose_weight_is_read_el
     dense, sparse = speed.pair("own", torch.float32, 1)
     assert torch.equal(sparse.mid_block.mlp.lin.weight, dense.mid_block.mlp.lin.weight)
     assert "mid_block.attn.qkv" in layers.patterns(sparse)
+
+
+def test_large_models_are_timed_and_weighed(monkeypatch):
+    known = large.LARGE["dit-256"]
+    tiny = {**known.config, "num_layers": 1, "num_attention_heads": 1, "sample_size": 8}
+    monkeypatch.setitem(large.LARGE, "tiny", dataclasses.replace(known, config=tiny))
+    (row,) = bench.BENCHMARKS["large"].measure(bench.Options(models=("tiny",), dtypes=("bfloat16",)))
+    assert row["files"]["packed"]["bytes"] < row["files"]["dense"]["bytes"] and row["memory"]["packed"] <= row["memory"]["dense"]
+    assert row["sparse_layers"] >= row["packed_layers"] and row["sparse_layers"] > 0 and row["speedup"] > 0
+    assert measure_large.line(row).startswith("| DiT-XL/2, 256 | bfloat16 | ")
+    with pytest.raises(ValueError, match="unknown large model 'sd9'; known: sd15-256, "):
+        next(measure_large.measure(("sd9",)))
+
+
+def test_large_models_have_their_published_sizes():
+    with torch.device("meta"):
+        millions = {
+            name: sum(p.numel() for p in model.cls(**model.config).parameters()) / 1e6 for name, model in large.LARGE.items()
+        }
+    assert millions["sd15-512"] == pytest.approx(859.5, abs=0.1)  # the model cards'
+    assert millions["sdxl-512"] == pytest.approx(2567.5, abs=0.1)
+    assert millions["pixart-512"] == pytest.approx(610.9, abs=0.1)

@@ -123,18 +123,24 @@ def bench(
         str,
         typer.Option(
             help="step (a sampling step, dense against packed), layers (single ones), methods (models made by recipes, against"
-            " their teacher), shares (where a packed step's time goes), or train-step."
+            " their teacher), shares (where a packed step's time goes), large (models of real sizes), or train-step."
         ),
     ] = "step",
     models: Annotated[
-        str, typer.Option(help="For step and shares: bundled models, model folders or the papers' configurations.")
-    ] = "glyphs-uvit,glyphs-unet",
+        str,
+        typer.Option(
+            help="For step and shares: bundled models, model folders or the papers' configurations; by default the letters'"
+            " models. For large: names such as sd15-512,dit-256; by default all."
+        ),
+    ] = "",
     batches: Annotated[str, typer.Option(help="For step: pictures at a time.")] = "1,4,16",
     dtypes: Annotated[
         str,
         typer.Option(help="For all but train-step: float32, bfloat16, float16; float32 by default, bfloat16 on GPUs."),
     ] = "",
-    threads: Annotated[str, typer.Option(help="Numbers of threads; one and all by default (all for methods and shares).")] = "",
+    threads: Annotated[
+        str, typer.Option(help="Numbers of threads; one and all by default (all for methods, shares, large).")
+    ] = "",
     device: Annotated[
         str, typer.Option(help="For step, layers and methods: cpu, cuda, cuda:1; the others measure the CPU.")
     ] = "cpu",
@@ -159,7 +165,7 @@ def bench(
     if output and chosen.drawn:
         files.check_writable(output.with_suffix(".png"))
     kinds = kinds or ["float32" if place.type == "cpu" else "bfloat16"]
-    options = benches.Options(models.split(","), sizes, kinds, counts, place, compile, runs)
+    options = benches.Options(models.split(",") if models else (), sizes, kinds, counts, place, compile, runs)
     result = benches.run(chosen, options, (lambda line: None) if json else functools.partial(print, flush=True))
     text = json_module.dumps(result, indent=1)
     if json or not chosen.line:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..measure import shares, speed, training_cost
+from ..measure import large, shares, speed, training_cost
+from ..models.large import LARGE
 from . import results, timing
 
 
@@ -15,7 +16,7 @@ class Options:
     """What a benchmark measures.
 
     Attributes:
-        models: bundled models, model folders or the papers' configurations.
+        models: bundled models, model folders, the papers' configurations or large ones; () for the benchmark's own choice.
         batches: batch sizes, in pictures.
         dtypes: names of torch's dtypes.
         threads: numbers of threads; () for the benchmark's own choice.
@@ -24,7 +25,7 @@ class Options:
         runs: the folder that `reproduce` wrote.
     """
 
-    models: Sequence[str] = ("glyphs-uvit", "glyphs-unet")
+    models: Sequence[str] = ()
     batches: Sequence[int] = (1, 4, 16)
     dtypes: Sequence[str] = ("float32",)
     threads: Sequence[int] = ()
@@ -50,8 +51,11 @@ class Benchmark:
     drawn: bool = False
 
 
+LETTERS = ("glyphs-uvit", "glyphs-unet")
+
+
 def _steps(o: Options) -> Iterator[dict]:
-    return speed.measure_steps(o.models, o.batches, o.dtypes, o.threads, o.compiled, device=o.device)
+    return speed.measure_steps(o.models or LETTERS, o.batches, o.dtypes, o.threads, o.compiled, device=o.device)
 
 
 def _layers(o: Options) -> Iterator[dict]:
@@ -64,7 +68,11 @@ def _methods(o: Options) -> Iterator[dict]:
 
 
 def _shares(o: Options) -> Iterator[dict]:
-    return shares.measure(o.models, dtypes=o.dtypes, threads=o.threads)
+    return shares.measure(o.models or LETTERS, dtypes=o.dtypes, threads=o.threads)
+
+
+def _large(o: Options) -> Iterator[dict]:
+    return large.measure(o.models or tuple(LARGE), o.dtypes, o.threads)
 
 
 BENCHMARKS = {
@@ -72,6 +80,7 @@ BENCHMARKS = {
     "layers": Benchmark(_layers, speed.line, anywhere=True, drawn=True),
     "methods": Benchmark(_methods, speed.line, anywhere=True, drawn=True),
     "shares": Benchmark(_shares, shares.line),
+    "large": Benchmark(_large, large.line),
     "train-step": Benchmark(lambda options: training_cost.train_step()),
 }
 
