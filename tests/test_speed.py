@@ -9,7 +9,7 @@ import sparsedm
 from sparsedm.experiments import bench
 from sparsedm.masking import layers
 from sparsedm.measure import large as measure_large
-from sparsedm.measure import sizes, speed
+from sparsedm.measure import speed
 from sparsedm.models import large
 from sparsedm.packing import kernels
 

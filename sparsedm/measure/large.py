@@ -16,7 +16,7 @@ from ..models import dryrun, large, students
 from ..packing import packed
 from ..support import latency, markdown
 from . import sizes
-from .speed import all_threads, randomised, with_threads
+from .speed import ONEDNN, Variant, all_threads, onednn, randomised, timed, with_threads
 
 
 def measure(
@@ -27,8 +27,8 @@ def measure(
 ) -> Iterator[dict]:
     """One row per model, dtype and number of threads: random weights, masked 2:4 by magnitude, one picture.
 
-    The dense model runs in the faster of eager's two memory formats: more copies of this size would not fit in memory. Files are
-    in bfloat16.
+    The dense model runs in the faster of eager's two memory formats and converted to oneDNN; more copies of this size would not
+    fit in memory. Files are in bfloat16.
 
     Raises:
         ValueError: an unknown name.
@@ -48,14 +48,10 @@ def _row(dense: nn.Module, rounds: int) -> dict:
     files = {"dense": _stored(dense, packed=False), "packed": _stored(sparse, packed=True)}
     way = _to_faster_format(dense, inputs, rounds)
     fast = packed.pack(sparse, batch=1)
-    calls = {"dense": lambda: dense(**inputs), "packed": lambda: fast(**inputs)}
-    timings = latency.interleaved(calls, rounds=rounds, warmup=1)
+    call = lambda model: model(**inputs)  # noqa: E731
     return {
         "parameters": sizes.parameters(dense),
-        "ms": {name: timing.median * 1e3 for name, timing in timings.items()},
-        "quartiles": {name: [seconds * 1e3 for seconds in timing.spread] for name, timing in timings.items()},
-        "dense_way": way,
-        "speedup": latency.ratio(timings, "dense", "packed"),
+        **timed({str(Variant("dense", way)): dense, **onednn("dense", dense, call), "packed": fast}, call, rounds),
         "packed_layers": (packed_layers := sum(map(packed.is_packed, fast.modules()))),
         "sparse_layers": packed_layers + len(layers.patterns(fast)),
         "files": files,
@@ -84,8 +80,8 @@ def _stored(model: nn.Module, packed: bool) -> dict[str, float]:
 
 
 HEAD = (
-    "size in pixels", "dtype", "M parameters", "dense s", "packed s", "speed-up", "layers packed", "GB in memory", "GB on disk",
-    "s to load",
+    "size in pixels", "dtype", "M parameters", "dense s", "oneDNN s", "packed s", "speed-up", "over oneDNN", "layers packed",
+    "GB in memory", "GB on disk", "s to load",
 )  # fmt: skip
 
 
@@ -100,10 +96,12 @@ def line(row: Mapping) -> str:
 
 
 def _cells(row: Mapping) -> list:
-    files = row["files"]
+    files, seconds = row["files"], {name: f"{ms / 1e3:.2f}" for name, ms in row["ms"].items()}
+    dense, over = row["fastest_dense"], row["speedup_over_onednn"]
     return [
-        row["what"], row["dtype"], f"{row['parameters'] / 1e6:.0f}", f"{row['ms']['dense'] / 1e3:.2f} ({row['dense_way']})",
-        f"{row['ms']['packed'] / 1e3:.2f}", f"**{row['speedup']:.2f}x**", f"{row['packed_layers']} of {row['sparse_layers']}",
+        row["what"], row["dtype"], f"{row['parameters'] / 1e6:.0f}", f"{seconds[dense]} ({Variant.parse(dense).way})",
+        seconds.get(ONEDNN, ""), seconds["packed"], f"**{row['speedup']:.2f}x**", f"{over:.2f}x" if over else "",
+        f"{row['packed_layers']} of {row['sparse_layers']}",
         f"{row['memory']['dense'] / 1e9:.2f} → {row['memory']['packed'] / 1e9:.2f}",
         f"{files['dense']['bytes'] / 1e9:.2f} → {files['packed']['bytes'] / 1e9:.2f}",
         f"{files['dense']['load_seconds']:.1f} → {files['packed']['load_seconds']:.1f}",

@@ -68,8 +68,8 @@ def measure_layers(
             with with_threads(count):
                 packed_layer = packed.packed_layer(layer, "2:4")
                 call = lambda model, x=x: model(x)  # noqa: E731
-                variants = {**_formats("dense", layer), **_onednn("dense", layer, call), "packed": packed_layer}
-                row = _row(variants, call, rounds)
+                variants = {**_formats("dense", layer), **onednn("dense", layer, call), "packed": packed_layer}
+                row = timed(variants, call, rounds)
             yield {"what": _title(layer, x), "threads": count, "dtype": name, **row}
 
 
@@ -131,11 +131,11 @@ def compare(what: str, models: Mapping[str, nn.Module], batch: int, compiled: bo
     for name, model in models.items():
         variants |= _formats(name, model)
         if not packed.has_packed(model):
-            variants |= _onednn(name, model, lambda model: model(**inputs))
+            variants |= onednn(name, model, lambda model: model(**inputs))
         if compiled:
             variants[str(Variant(name, "compiled"))] = torch.compile(model)
             variants |= _frozen(name, model)
-    row = _row(variants, lambda model: model(**inputs), rounds)
+    row = timed(variants, lambda model: model(**inputs), rounds)
     skipped = 1 - macs.count(fast).executed / macs.count(dense).dense
     return {"what": what, **row, "macs_skipped": skipped, "weight_bytes": sizes.memory(fast) / sizes.memory(dense)}
 
@@ -197,7 +197,7 @@ class Variant(NamedTuple):
 ONEDNN = str(Variant("dense", "oneDNN"))
 
 
-def _onednn(name: str, model: nn.Module, call: Callable[[nn.Module], object]) -> dict[str, nn.Module]:
+def onednn(name: str, model: nn.Module, call: Callable[[nn.Module], object]) -> dict[str, nn.Module]:
     """The model converted to oneDNN, by its variant's name; {} if the converted model does not run."""
     first = next(model.parameters())
     if first.device.type != "cpu":
@@ -235,7 +235,7 @@ def _formats(name: str, model: nn.Module) -> dict[str, nn.Module]:
     return {name: model, str(Variant(name, "channels last")): copy.deepcopy(model).to(memory_format=torch.channels_last)}
 
 
-def _row(variants: Mapping[str, nn.Module], call, rounds: int) -> dict:
+def timed(variants: Mapping[str, nn.Module], call, rounds: int) -> dict:
     """Milliseconds (median and quartiles) of every variant, and how much faster the fastest packed one is (median of rounds).
 
     `speedup` is over the fastest dense variant that is not converted to oneDNN, `speedup_over_onednn` over the converted one.

@@ -67,16 +67,23 @@ def unpack(values: torch.Tensor, positions: torch.Tensor, pattern: NMPattern | s
         raise ValueError(
             f"values {list(values.shape)} and {positions.numel()} bytes of positions do not make {list(shape)} at {pattern}"
         )
-    planes = np.unpackbits(positions.cpu().numpy().ravel(), count=count * bits, bitorder="little")  # [out * groups * N * bits]
-    index = (planes.reshape(-1, bits).astype(np.int64) << np.arange(bits)).sum(1)  # [out * groups * N]
-    index = torch.from_numpy(index).view(shape[0], groups, pattern.n)  # [out, groups, N]
-    if (index >= pattern.m).any() or (index.diff(dim=-1) <= 0).any():
+    index = _numbers(positions.cpu().ravel(), bits)[:count].view(shape[0], groups, pattern.n)  # [out, groups, N]
+    if (index >= pattern.m).any() or (index[..., 1:] <= index[..., :-1]).any():
         raise ValueError(f"positions are not increasing numbers below {pattern.m} in every group")
     dense = values.new_zeros(shape[0], groups, pattern.m)  # [out, groups, M]
-    dense.scatter_(-1, index.to(values.device), values.view(index.shape))
+    dense.scatter_(-1, index.to(values.device, torch.int64), values.view(index.shape))
     dense = dense.reshape(shape[0], *shape[2:], shape[1])  # [out, ..., in]
     dense = dense.movedim(-1, 1)  # [out, in, ...]
     return dense.clone(memory_format=torch.contiguous_format)  # the strides of a fresh tensor: kernels are chosen by them
+
+
+def _numbers(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The numbers of `bits` bits, little-endian, in the bytes `packed` [n]; perhaps a few more that fill the last byte."""
+    if 8 % bits == 0:  # several times as fast
+        return (packed.view(-1, 1) >> torch.arange(0, 8, bits, dtype=torch.uint8)).bitwise_and_(2**bits - 1).flatten()
+    planes = np.unpackbits(packed.numpy(), bitorder="little")  # [n * 8]
+    planes = planes[: len(planes) // bits * bits].reshape(-1, bits)  # [numbers, bits]
+    return torch.from_numpy((planes.astype(np.int64) << np.arange(bits)).sum(1))
 
 
 def packed_sizes(shape: tuple[int, ...], pattern: NMPattern) -> tuple[tuple[int, int], int]:
