@@ -70,6 +70,15 @@ def test_seeds_make_one_row_with_mean_and_deviation(runs):
     assert "| teacher | 100% | 2.00 | 50.0% |  |  |" in lines
 
 
+def test_faces_have_a_table_by_their_own_judge(store):
+    for name, fd in (("faces-unet", 4.0), ("faces-unet-2x4-calibrated", 5.0)):
+        store(name, 0.0, scores={"fd_face": fd, "attribute_accuracy": 0.98, "ssim_to_base": 0.9})
+    lines = results.faces_table().splitlines()
+    assert lines[0].startswith("| model | FD-face ↓ | attributes right ↑ |") and "test faces" in lines[-1]
+    assert lines[2].startswith("| UNet teacher | 4.00 | 98.0% |  |")
+    assert lines[3].startswith("| UNet 2:4, calibrated, no training | 5.00 | 98.0% | 0.900 |")
+
+
 def test_times_count_for_all_of_the_same_cost(runs, tmp_path):
     timed(tmp_path, **{"2x4": 1.5, "diffpruned": 2.0})
     rows = {row.name.removeprefix(f"{BASE}-short-"): row.speedup for row in results.load("short", BASE)}
@@ -287,7 +296,7 @@ def test_runs_of_the_papers_size_have_tables(store):
 
 
 def test_unknown_suites_are_refused():
-    with pytest.raises(ValueError, match="unknown suite 'long'; known: headline, short, one-shot, paper"):
+    with pytest.raises(ValueError, match="unknown suite 'long'; known: headline, short, one-shot, faces, paper"):
         results.load("long")
 
 

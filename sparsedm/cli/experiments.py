@@ -79,6 +79,8 @@ def compare(
 
     tables = {"summary": results.summary_table, "headline": results.headline_table, "one-shot": results.one_shot_table}
     tables |= {"claims": claims.table}
+    if results.load("faces"):
+        tables["faces"] = results.faces_table
     tables |= {base: functools.partial(results.short_table, base) for base in results.bases()}
     tables |= {base: functools.partial(results.paper_table, base) for base in results.paper_bases()}
     if what not in ("all", *tables):
@@ -102,7 +104,7 @@ def _runs(table: str) -> list[dict]:
     from ..experiments import results
 
     suite = "short" if table in results.bases() else "paper"
-    whole = {"summary": "headline", "headline": "headline", "one-shot": "one-shot"}
+    whole = {"summary": "headline", "headline": "headline", "one-shot": "one-shot", "faces": "faces"}
     rows = results.load(whole[table]) if table in whole else results.load(suite, table)
     return [run for row in rows for run in row.runs]
 

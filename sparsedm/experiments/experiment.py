@@ -116,12 +116,13 @@ def _score(plan: Plan) -> Iterator[Progress]:
 
 
 def _publish(plan: Plan, results: dict) -> None:
-    """Copy the results and some pictures into the package, and the model with its card if the recipe says so."""
+    """Copy the results and some pictures into the package, and if the recipe says so the model, packed, and its card."""
     write_json(RESULTS / f"{plan.run}.json", results)
     _keep_pictures(plan.folder, plan.protocol, RESULTS / f"{plan.run}.png")
     if plan.recipe.bundle and not plan.seed:
         model = folders.load(plan.model)
-        folders.save(model, folders.ASSETS / plan.name, torch.float16, card=card(plan.name, results))
+        packed = bool(plan.recipe.pattern)
+        folders.save(model, folders.ASSETS / plan.name, torch.float16, card(plan.name, results), packed)
 
 
 def _save(model: nn.Module, folder: Path) -> None:

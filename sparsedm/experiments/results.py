@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..checkpoints import folders
 from ..masking.nm import NMPattern
-from ..measure import cards
+from ..measure import cards, judges
 from ..support import markdown
 from .recipes import RECIPES, Recipe, recipe, run_name
 
@@ -40,12 +40,13 @@ class Row:
 
     @property
     def fd(self) -> float:
-        return self.mean("fd_glyph")
+        """The Fréchet distance on the features of the data's judge."""
+        return self.mean(_distance(self.runs[0]))
 
     @property
     def fd_text(self) -> str:
-        """FD-glyph as tables show it, with the largest deviation of a seed if there are several."""
-        deviation = max(abs(run["scores"]["fd_glyph"] - self.fd) for run in self.runs)
+        """This distance as tables show it, with the largest deviation of a seed if there are several."""
+        deviation = max(abs(run["scores"][_distance(run)] - self.fd) for run in self.runs)
         return f"{self.fd:.2f}" + (f" ± {deviation:.2f}" if len(self.runs) > 1 else "")
 
     @property
@@ -73,6 +74,15 @@ class Row:
         return next((row for row in times() if row["name"] == _timed_as(self.name)), {})
 
 
+def _judge(run: dict) -> judges.Judge:
+    """Whose features gave a stored run its Fréchet distance."""
+    return next(judge for judge in judges.JUDGES if f"fd_{judge.name}" in run["scores"])
+
+
+def _distance(run: dict) -> str:
+    return f"fd_{_judge(run).name}"
+
+
 def pictures(name: str) -> Image.Image | None:
     """One picture of every character by the model of a stored run, in two rows; None if the package has no such picture."""
     path = RESULTS / f"{name}.png"
@@ -80,13 +90,13 @@ def pictures(name: str) -> Image.Image | None:
 
 
 def load(suite: str, base: str = "") -> list[Row]:
-    """The stored results of a suite ("headline", "short", "one-shot", "paper"), of one teacher and its students or of all.
+    """The stored results of a suite ("headline", "faces", "paper", ...), of one teacher and its students or of all.
 
     Raises:
         ValueError: unknown suite, or runs that were scored by different protocols and must not stand in one table.
     """
-    if suite not in (*SUITES, "paper"):
-        raise ValueError(f"unknown suite {suite!r}; known: {', '.join(SUITES)}, paper")
+    if suite not in (*SUITES, "faces", "paper"):
+        raise ValueError(f"unknown suite {suite!r}; known: {', '.join(SUITES)}, faces, paper")
     rows = []
     for name, known in RECIPES.items():
         if known.suite == suite and base in ("", known.base or name):
@@ -162,16 +172,26 @@ def _bytes(row: Row) -> int:
 
 
 def headline_table() -> str:
-    """The models that were trained long, as a Markdown table."""
-    rows = load("headline")
-    head = ("model", "FD-glyph ↓", "readability ↑", "SSIM to teacher ↑", "M MACs", "nonzero weights", "training pictures")
+    """The letters' models that were trained long, as a Markdown table."""
+    return _trained_table(load("headline"), "readability")
+
+
+def faces_table() -> str:
+    """The faces' teachers and their students as a Markdown table."""
+    return _trained_table(load("faces"), "attributes right")
+
+
+def _trained_table(rows: list[Row], right: str) -> str:
+    """A row per model; `right` is the title of the share of what was asked that the judge reads."""
+    distance = f"FD-{_judge(rows[0].runs[0]).name} ↓"
+    head = ("model", distance, f"{right} ↑", "SSIM to teacher ↑", "M MACs", "nonzero weights", "training pictures")
     caption = f"{_caption(rows[0].runs[0])} {_SEEDS} The bundled models are those of seed 0."
     return f"{markdown.table(head, map(_headline_row, rows))}\n\n{caption}"
 
 
 def _headline_row(row: Row) -> tuple:
     return (
-        row.recipe.title, row.fd_text, f"{row.mean('readability'):.1%}", _ssim(row), f"{row.macs / 1e6:.1f}",
+        row.recipe.title, row.fd_text, f"{row.mean(_judge(row.runs[0]).accuracy):.1%}", _ssim(row), f"{row.macs / 1e6:.1f}",
         f"{row.runs[0]['nonzero_parameters'] / 1e6:.2f} M",
         f"{'+ ' if row.recipe.base and row.images else ''}{row.images // 1000} k" if row.images else "none",
     )  # fmt: skip
@@ -261,10 +281,17 @@ def _drawn(result: dict) -> str:
 
 
 def _caption(result: dict) -> str:
+    judge = _judge(result)
     return (
-        f"{_drawn(result)}, against as many test glyphs. MACs: per picture and step, zeros skipped. FD-glyph is the Fréchet"
-        " distance on the glyph classifier's features; it is not FID."
+        f"{_drawn(result)}, against as many test {judge.data}. MACs: per picture and step, zeros skipped. FD-{judge.name} is the"
+        f" Fréchet distance on the {judge.name} classifier's features; it is not FID."
     )
+
+
+_ORIGIN = {
+    "glyphs": "It draws characters like those of the fonts that matplotlib ships.",
+    "faces": "It draws cartoon faces like those of this package's own code.",
+}
 
 
 def card(name: str, result: dict) -> str:
@@ -276,7 +303,7 @@ def card(name: str, result: dict) -> str:
         f"- {cards.macs(result['macs']['dense'], result['macs']['sparse'])}", "",
         cards.scores({name: value for name, value in result["scores"].items() if name != "n"}), "",
         _caption(result), "",
-        "Licence: MIT, as the package. It draws characters like those of the fonts that matplotlib ships.", "",
+        f"Licence: MIT, as the package. {_ORIGIN[chosen.data]}", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
