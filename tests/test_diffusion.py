@@ -178,6 +178,12 @@ def test_the_preview_is_the_picture_that_a_perfect_denoiser_knows(name, kind):
     assert picture.abs().max() > 4
 
 
+def test_the_preview_is_at_the_noise_level_of_the_step_where_its_timestep_is_rounded():
+    scheduler = DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    for state in sample(Fake(num_classes=None), torch.randn(2, 1, 8, 8), sampler=scheduler, steps=6):
+        torch.testing.assert_close(state.x0, scheduler.model_outputs[-1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("name", "settings", "reach"), [
     ("ddim", {"clip_sample": False}, math.inf), ("ddim", {"clip_sample": True}, 1), ("ddim", {"clip_sample_range": 2.0}, 2),
     ("ddim", {"thresholding": True}, 1), ("dpm++", {"clip_sample": False}, math.inf), ("dpm++", {"clip_sample": True}, 1),

@@ -150,6 +150,7 @@ def test_the_average_of_weights_follows_the_ramp_that_its_settings_state():
         d = min(decay, (1 + s) / (10 + s))
         torch.testing.assert_close(averages[s], d * averages[s - 1] + (1 - d) * raw[s], rtol=0, atol=1e-6)
     assert 2 / 11 < decay < 3 / 12  # both ends of the ramp were there
+    assert "min(d, (1 + s) / (10 + s))" in distill.TrainConfig.__doc__
 
 
 def test_velocity_models_are_trained_on_velocity():

@@ -176,6 +176,16 @@ def test_inceptions_weights_are_checked_before_any_work_and_run_no_code(inceptio
     assert os.listdir() == ["wrong.pth"]
 
 
+def test_a_distance_reads_inceptions_weights_as_tensors_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(metrics.MIN_SAMPLES, "fd", 4)
+    torch.save({"trap": _Trap()}, "wrong.pth")
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"wrong\.pth holds pickled code \(posix\.mkdir\), which is not run"):
+        metrics.frechet(images, images, "wrong.pth")
+    assert os.listdir() == ["wrong.pth"]
+
+
 def test_a_missing_inception_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         metrics.check_inception(tmp_path / "nothing.pth")
