@@ -40,4 +40,4 @@ def seeds(name: str) -> range:
 def protocol(name: str, n: int | None = None) -> Protocol | None:
     """The recipe's protocol, with `n` pictures if given; None if there is no such recipe."""
     own = RECIPES[name].protocol if name in RECIPES else None
-    return replace(own, n=n) if own and n else own
+    return replace(own, n=n) if own and n is not None else own
