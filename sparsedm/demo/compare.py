@@ -197,12 +197,13 @@ def build(catalogue: Catalogue, demo: gr.Blocks, left: str, right: str, job: dic
     gr.HTML("Try:", elem_id="try")
     for name in offered:
         with gr.Row(elem_classes=["examples", f"for-{name}"]):
-            examples = [found for found in SUBJECTS[name].examples if {*found[1:]} <= {*catalogue.entries}]
-            for text, *keys in examples:
-                models = f": {' against '.join(catalogue.entries[key].title for key in keys)}"
-                title = text if tuple(keys) == offered[name] else text + models
-                button = gr.Button(title, size="sm", variant="secondary", min_width=200)
-                steps_before.append(button.click(functools.partial(tuple, (text, *keys)), None, [line, *sides], **private))
+            for text, *keys in SUBJECTS[name].examples:
+                if not {*keys} <= {*catalogue.entries}:
+                    continue
+                models = f": {' against '.join(catalogue.entries[key].title for key in keys)}" if keys else ""
+                button = gr.Button(text + models, size="sm", variant="secondary", min_width=200)
+                values = functools.partial(tuple, (text, *(keys or offered[name])))
+                steps_before.append(button.click(values, None, [line, *sides], **private))
     for step in steps_before:
         step.then(**event, api_visibility="private", trigger_mode="always_last")
 

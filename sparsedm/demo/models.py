@@ -23,8 +23,10 @@ ONE_SHOT = ("2:4", "1:4", "3:4", "4:8", "7:8", "15:16")
 PACK_BATCH = 6  # pictures that packing times layers with: a word of six letters
 LETTERS, FACES = "glyphs", "faces"  # data sets
 ROLES = {  # of bundled models, as people read them
-    "teacher": "dense", "2x4": "2:4 SparseDM", "2x4-calibrated": "2:4 calibrated, no training", "diffpruned": "Diff-Pruning",
+    "teacher": "dense", "2x4": "2:4 SparseDM", "2x4-from-calibrated": "2:4 calibrated, then trained",
+    "2x4-calibrated": "2:4 calibrated, no training", "diffpruned": "Diff-Pruning",
 }  # fmt: skip
+STUDENTS = ("2x4", "2x4-from-calibrated", "2x4-calibrated")  # roles of 2:4 students, those to show first before the others
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,9 @@ class Catalogue:
 
 
 def student(base: str) -> str:
-    """The bundled 2:4 student of a bundled teacher, the trained one if there is one; "" if there is none."""
+    """The bundled 2:4 student of a bundled teacher, by the order of `STUDENTS`; "" if there is none."""
     students = {entry.role: name for name, entry in BUNDLED.items() if entry.base == base}
-    return students.get("2x4") or students.get("2x4-calibrated", "")
+    return next((students[role] for role in STUDENTS if role in students), "")
 
 
 def pairs() -> dict[str, tuple[str, str]]:

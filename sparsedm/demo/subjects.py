@@ -18,7 +18,7 @@ class Subject:
         info: what the line takes; "" for faces, whose chips show this.
         text: what the line holds at first.
         card: width and height of the picture with all of them, in pixels.
-        examples: lines, each with the models on the left and on the right.
+        examples: lines, each with the models on the left and on the right, or without for the first two models.
     """
 
     title: str
@@ -26,7 +26,7 @@ class Subject:
     info: str
     text: str
     card: tuple[int, int]
-    examples: tuple[tuple[str, str, str], ...]
+    examples: tuple[tuple[str, ...], ...]
 
 
 SUBJECTS = {
@@ -37,10 +37,10 @@ SUBJECTS = {
         "sunglasses, big smile",
         (1200, 804),
         (
-            ("blue hair, round glasses, surprised", "faces-unet", "faces-unet-2x4-calibrated"),
-            ("bald, beard, wink", "faces-unet", "faces-unet-2x4-calibrated"),
+            ("blue hair, round glasses, surprised",),
+            ("bald, beard, wink",),
             ("red curly hair, big smile", "faces-unet", "faces-unet@2:4"),
-            ("party hat, big smile, on pink", "faces-unet-2x4-calibrated", "faces-unet@2:4"),
+            ("party hat, smile, on pink", "faces-unet", "faces-unet@3:4"),
         ),
     ),
     LETTERS: Subject(
