@@ -1,4 +1,4 @@
-"""The demo: two diffusion models draw a word side by side from the same noise (`python app.py`)."""
+"""The demo: two diffusion models draw faces or a word side by side from the same noise (`python app.py`)."""
 
 import argparse
 import socket
@@ -57,7 +57,7 @@ def choose(asked: list[str], device: str = "auto") -> tuple["models.Catalogue", 
     first = [folder.resolve().name for folder in folders] + bundled
     if len(first) > 1:
         return catalogue, first[0], first[1]
-    left = first[0] if first else "glyphs-uvit"
+    left = first[0] if first else next(iter(models.pairs().values()))[0]
     return catalogue, left, catalogue.rival(left)
 
 

@@ -87,6 +87,32 @@ def glyphs():
     return data.stack(data.load("glyphs", split="test", n=4096))
 
 
+@pytest.fixture(scope="session")
+def portraits(tmp_path_factory):
+    """The folder of a small model with random weights that takes the words for faces."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "portraits"
+    size = {"sample_size": 32, "in_channels": 3, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    sparsedm.save(UViTModel(**size, context_dim=data.faces.DIM, context_tokens=data.faces.TOKENS), folder)
+    return folder
+
+
+@pytest.fixture
+def bundled_faces(portraits, monkeypatch):
+    """The names of a dense model of faces and of its 2:4 student, which stand in for bundled ones."""
+    from sparsedm.demo import models
+
+    for name in [name for name, entry in models.BUNDLED.items() if entry.data == models.FACES]:
+        monkeypatch.delitem(models.BUNDLED, name)
+        monkeypatch.delitem(models.BASES, name, raising=False)
+    base, student = "faces-unet", "faces-unet-2x4-calibrated"
+    for name, role in ((base, "teacher"), (student, "2x4-calibrated")):
+        title = f"Face UNet, {models.ROLES[role]}"
+        monkeypatch.setitem(models.BUNDLED, name, models.Entry(title, portraits, role, base, data=models.FACES))
+    monkeypatch.setitem(models.BASES, base, "Face UNet")
+    return base, student
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The demo, and where it is served."""

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import app
-from sparsedm.demo import page, tune, visitors
+from sparsedm.demo import models, page, tune, visitors
 
 ORDER = dict(text="A7", left="glyphs-unet", right="glyphs-unet-2x4", seed=0, steps=3, sampler="ddim", guidance=0, kind="word")
 TRAINING = ("glyphs-unet", "2:4", 0, 0.1, 400, "A")
@@ -30,11 +30,17 @@ def client(url, tmp_path_factory):
 
 def test_the_command_line_offers_folders_and_chooses_sides(tmp_path, make_model):
     make_model("unet", num_class_embeds=None).save_pretrained(tmp_path / "mine")
-    catalogue, left, right = app.choose([])
-    assert (left, right) == ("glyphs-uvit", "glyphs-uvit-2x4") and not catalogue.folders
+    assert not app.choose([])[0].folders
     assert app.choose(["glyphs-unet"])[1:] == ("glyphs-unet", "glyphs-unet-2x4")
     assert app.choose([str(tmp_path / "mine")])[1:] == ("mine", "mine")
     assert app.choose(["glyphs-unet-diffpruned", "glyphs-uvit"])[1:] == ("glyphs-unet-diffpruned", "glyphs-uvit")
+
+
+def test_the_app_opens_on_faces_if_a_pair_is_bundled_else_on_letters(bundled_faces, monkeypatch):
+    assert app.choose([])[1:] == bundled_faces
+    for name in bundled_faces:
+        monkeypatch.delitem(models.BUNDLED, name)
+    assert app.choose([])[1:] == ("glyphs-uvit", "glyphs-uvit-2x4")
 
 
 def test_a_folder_without_a_model_ends_the_program_with_one_line(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsedm.demo import visitors
+from sparsedm.demo import models, page, visitors
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -43,7 +43,7 @@ def open_page(browser, url):
     """
     wrong, contexts = [], []
 
-    def open_one(width=1440, theme="light", errors=()):
+    def open_one(width=1440, theme="light", errors=(), url=url):
         def note(text: str) -> None:
             if not any(word in text for word in errors):
                 wrong.append(text)
@@ -61,6 +61,14 @@ def open_page(browser, url):
     for context in contexts:
         context.close()
     assert not wrong
+
+
+@pytest.fixture(scope="module")
+def gallery(url, portraits):
+    """Where the page is served that opens on faces, of a model with random weights."""
+    demo = page.build(models.Catalogue([portraits]), "portraits", "portraits")
+    yield page.launch(demo, prevent_thread_lock=True, quiet=True)
+    demo.close()
 
 
 def show(sheet, tab: str) -> None:
@@ -97,6 +105,22 @@ def test_a_word_is_typed_and_both_sides_move(open_page):
     assert all(a != picture.first.get_attribute("src") for a, picture in zip(before, pictures))
     figures = sheet.locator(".figures").all_inner_texts()
     assert all("25 of 25 steps" in text and "of 5 right" in text for text in figures)
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_faces_are_asked_for_with_chips_and_letters_are_one_click_away(open_page, gallery, width):
+    sheet = open_page(width, url=gallery)
+    line, chip = sheet.get_by_role("textbox", name="Word"), sheet.locator("[data-word='blue hair']")
+    before = line.input_value()
+    chip.click()
+    sheet.wait_for_function("document.querySelector('.right .figures')?.innerText.includes('blue hair')", timeout=WAIT)
+    assert line.input_value() == f"{before}, blue hair" and chip.get_attribute("aria-pressed") == "true"
+    assert sheet.evaluate("document.documentElement.scrollWidth") <= width
+    line.fill("sunglases")
+    sheet.get_by_text("near it: sunglasses").wait_for(timeout=WAIT)
+    sheet.get_by_label("Letters").click()
+    sheet.wait_for_function("document.querySelector('.right .figures')?.innerText.includes('of 6 right')", timeout=WAIT)
+    assert line.input_value() == "SPARSE" and not chip.is_visible()
 
 
 def test_one_order_too_many_is_refused_with_words(open_page, monkeypatch):

@@ -1,5 +1,6 @@
 """The demo's rooms: what they refuse, what they compute, what they say."""
 
+import dataclasses
 import itertools
 import random
 import re
@@ -18,13 +19,12 @@ import sparsedm
 from sparsedm import data, diffusion, plots
 from sparsedm.checkpoints import folders
 from sparsedm.data import faces, prompts
-from sparsedm.demo import blind, compare, explore, models, race, scatter, speedtest, tradeoff, tune, turns, words
+from sparsedm.demo import blind, chips, compare, explore, models, race, scatter, speedtest, subjects, tradeoff, tune, turns, words
 from sparsedm.experiments import results
 from sparsedm.experiments.recipes import RECIPES
 from sparsedm.masking import layers, nm
 from sparsedm.masking.nm import NMPattern
 from sparsedm.measure import judges, macs, speed
-from sparsedm.models.uvit import UViTModel
 from sparsedm.packing import packed
 
 ORDER = dict(text="A7", left="glyphs-unet", right="glyphs-unet-2x4", seed=0, steps=3, sampler="ddim", guidance=0, kind="word")
@@ -134,33 +134,30 @@ def test_a_folder_of_ones_own(catalogue):
 
 
 @pytest.fixture(scope="module")
-def portraits(tmp_path_factory):
+def gallery(portraits):
     """A catalogue with somebody's small model of faces."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "portraits"
-    size = {"sample_size": 32, "in_channels": 3, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    sparsedm.save(UViTModel(**size, context_dim=faces.DIM, context_tokens=faces.TOKENS), folder)
-    return models.Catalogue([folder])
+    return models.Catalogue([portraits])
 
 
 FACES = {**ORDER, "left": "portraits", "right": "portraits", "text": "red hair, cap, no beard"}
 
 
-def test_faces_are_drawn_from_words_and_read(portraits, monkeypatch):
+def test_faces_are_drawn_from_words_and_read(gallery, monkeypatch):
     def read(judge, images):  # red hair in four of the six, no cap, no beard
         shown = torch.zeros(len(images), len(faces.ATTRIBUTES), dtype=torch.long)
         shown[:4, 2] = faces.ATTRIBUTES["hair colour"].index("red hair")
         return shown
 
     monkeypatch.setattr(judges.Judge, "read", read)
-    page = list(compare.compare(portraits, **FACES))[-1]
-    assert "10 of 18 asked attributes; missed: red hair (2), cap (6)" in page[4]
+    page = list(compare.compare(gallery, **FACES))[-1]
+    read = re.findall("class='read'>([a-z ]+) <b>(./6)", page[4])
+    assert read == [("red hair", "4/6"), ("no beard", "6/6"), ("cap", "0/6")]
     assert "**10 of 18** asked attributes right on the left" in page[-1]
-    given = race.check(portraits, **FACES).asked
+    given = race.check(gallery, **FACES).asked
     assert faces.read_tokens(given.conditioning["encoder_hidden_states"][0]) == prompts.parse(FACES["text"])
     assert faces.read_tokens(given.negative["encoder_hidden_states"][0]) == {} and given.n == race.FACES
     for changes in ({"text": ""}, {"kind": "anything"}):  # everything is left open: nothing to read
-        assert race.check(portraits, **{**FACES, **changes}).asked.judge is None
+        assert race.check(gallery, **{**FACES, **changes}).asked.judge is None
 
 
 @pytest.mark.parametrize(
@@ -172,9 +169,9 @@ def test_faces_are_drawn_from_words_and_read(portraits, monkeypatch):
         ({"right": "glyphs-unet"}, "draw different things"),
     ],
 )
-def test_a_bad_order_of_faces_is_named_with_its_remedy(portraits, changes, message):
+def test_a_bad_order_of_faces_is_named_with_its_remedy(gallery, changes, message):
     with pytest.raises(gr.Error, match=f"(?i){message}"):
-        list(compare.compare(portraits, **{**FACES, **changes}))
+        list(compare.compare(gallery, **{**FACES, **changes}))
 
 
 def test_two_folders_of_one_name_are_refused(own, tmp_path):
@@ -189,7 +186,7 @@ def test_one_shot_is_the_folded_teacher_and_the_cached_teacher_stays_dense(catal
     assert catalogue.load("glyphs-unet") is dense
 
 
-@pytest.mark.parametrize("base", models.BASES)
+@pytest.mark.parametrize("base", models.LETTER_BASES)
 def test_the_pruned_model_does_about_half_the_work(catalogue, base):
     dense, pruned = catalogue.load(base), catalogue.load(f"{base}-diffpruned")
     assert pruned.macs.executed == pruned.macs.sparse and pruned.nonzero > 0.999 * pruned.parameters
@@ -295,7 +292,7 @@ def test_explore_refuses_by_name(catalogue, order, message):
         explore.explore(catalogue, *order)
 
 
-@pytest.mark.parametrize(("base", "suite", "cost"), itertools.product(models.BASES, tradeoff.SUITES, tradeoff.COSTS))
+@pytest.mark.parametrize(("base", "suite", "cost"), itertools.product(models.LETTER_BASES, tradeoff.SUITES, tradeoff.COSTS))
 def test_every_point_of_the_trade_off_has_its_details(base, suite, cost):
     points = tradeoff.points(base, suite, cost)
     rows = {row.name: row for row in results.load(suite, base)}
@@ -468,13 +465,85 @@ def test_the_catalogue_s_entries_have_fields(catalogue):
         "glyphs-unet-diffpruned",
         "mine",
     ]
-    assert [title for title, _ in catalogue.choices("2x4")] == ["U-ViT, 2:4 SparseDM", "UNet, 2:4 SparseDM"]
+    assert [title for title, _ in catalogue.choices("2x4", data="glyphs")] == ["U-ViT, 2:4 SparseDM", "UNet, 2:4 SparseDM"]
 
 
 def test_an_unknown_device_is_named():
     with pytest.raises(ValueError, match="device 'warp' is not there"):
         models.device_of("warp")
     assert models.device_of("cpu") == "cpu" and speed.machine()["threads"] >= 1
+
+
+# --- faces ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bundled_pair_of_faces_comes_first_and_letters_are_left(bundled_faces, monkeypatch):
+    assert list(models.pairs().items()) == [("faces", bundled_faces), ("glyphs", ("glyphs-uvit", "glyphs-uvit-2x4"))]
+    catalogue = models.Catalogue()
+    assert catalogue.rival("faces-unet") == bundled_faces[1]
+    assert [key for _, key in catalogue.choices("teacher", data="faces")] == ["faces-unet"]
+    assert "faces-unet@2:4" in dict(catalogue.choices(data="faces")).values()
+    assert not {"faces-unet", "faces-unet@2:4"} & set(dict(catalogue.choices(data="glyphs")).values())
+    trained = dataclasses.replace(models.BUNDLED[bundled_faces[1]], role="2x4-from-calibrated")
+    with monkeypatch.context() as patch:
+        patch.setitem(models.BUNDLED, "trained", trained)
+        assert models.student("faces-unet") == "trained"
+    monkeypatch.delitem(models.BUNDLED, bundled_faces[1])  # a teacher alone is no pair
+    assert list(models.pairs()) == ["glyphs"] and "faces-unet" not in blind.offered()
+    assert models.Catalogue().rival("faces-unet") == "faces-unet"
+
+
+def test_a_subject_brings_its_line_and_its_models(gallery, bundled_faces):
+    catalogue = models.Catalogue(gallery.folders)
+    offered = subjects.offered(catalogue, "portraits", "portraits")
+    assert list(offered.items()) == [("faces", ("portraits",) * 2), ("glyphs", ("glyphs-uvit", "glyphs-uvit-2x4"))]
+    assert list(subjects.offered(catalogue, "glyphs-unet", "glyphs-unet-2x4")) == ["faces", "glyphs"]
+    line, left, right = subjects.switched(catalogue, offered, "glyphs")
+    assert (line.value, left.value, right.value) == ("SPARSE", "glyphs-uvit", "glyphs-uvit-2x4")
+    assert {"portraits", "glyphs-unet"} <= {key for _, key in left.choices} and "faces-unet" not in dict(left.choices).values()
+    line, *_ = subjects.switched(catalogue, offered, "faces")
+    assert prompts.parse(line.value)
+    with pytest.raises(ValueError, match="subject 'cats' is unknown: choose one of faces, glyphs"):
+        subjects.switched(catalogue, offered, "cats")
+
+
+def test_the_examples_can_be_drawn(bundled_faces):
+    entries = models.Catalogue().entries
+    for data_set, subject in subjects.SUBJECTS.items():
+        for text, *keys in subject.examples:
+            assert {entries[key].data for key in keys} <= {data_set}
+            assert prompts.parse(text) if data_set == "faces" else data.word_labels(text) is not None
+
+
+def pressed(text: str) -> list[str]:
+    return re.findall("aria-pressed='true' aria-label='([a-z ]+)'", chips.show(text))
+
+
+def test_chips_show_what_the_line_says():
+    assert pressed("Long red hair, a beanie") == ["long hair", "red hair", "beanie"] and pressed("") == []
+    words_ = re.findall("data-word='([a-z ]+)'", chips.show(""))
+    assert words_ == [word for values in faces.ATTRIBUTES.values() for word in values]
+    assert chips.HINT in chips.show("cap")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("sunglases", "near it: sunglasses"), ("cap, mohawk", "together"), ("<b>", "&lt;b&gt;")]
+)
+def test_the_hint_names_what_is_wrong_with_the_line(text, message):
+    shown = chips.show(text)
+    assert re.search(f"class='hint'>.*{message}", shown) and chips.HINT not in shown and pressed(text) == []
+
+
+def test_a_chip_of_a_line_that_is_wrong_is_refused_with_the_nearest_words():
+    event = gr.SelectData(None, {"index": 0, "value": "cap"})
+    assert chips.picked("smile", event) == "smile, cap"
+    with pytest.raises(gr.Error, match="'smyle'.*smile"):
+        chips.picked("smyle", event)
+
+
+def test_a_blind_pair_of_faces_is_dealt(bundled_faces):
+    shown, left, right = blind.deal(models.Catalogue(), bundled_faces[0], random.Random(0))
+    assert shown.base == "faces-unet" and left.shape == right.shape == (1, 3, 32, 32)
 
 
 # --- blind test -------------------------------------------------------------------------------------------------------

@@ -109,6 +109,33 @@ def test_words_that_no_face_has_are_named(text, message):
         prompts.parse(text)
 
 
+@pytest.mark.parametrize(
+    "text, word, outcome",
+    (
+        ("", "cap", "cap"),
+        ("blue hair, smile", "cap", "blue hair, smile, cap"),
+        ("blue hair, cap, smile", "cap", "blue hair, smile"),
+        ("Long blue hair, grin", "red hair", "long hair, red hair, big smile"),  # another value of the same attribute
+        ("mohawk, smile", "beanie", "smile, beanie"),  # values that no face shows together
+        ("sunglasses", "wink", "wink"),
+        ("bald, smile", "red hair", "smile, red hair"),
+        ("red hair, smile", "bald", "smile, bald"),
+        ("bald, beard, red hair", "beard", "bald"),
+        ("bald, beard, red hair", "no beard", "bald, no beard"),
+    ),
+)
+def test_a_word_is_added_or_taken_out_and_what_contradicts_it_gives_way(text, word, outcome):
+    assert prompts.toggled(text, word) == outcome
+    prompts.parse(outcome)
+
+
+def test_what_cannot_be_toggled_is_named():
+    with pytest.raises(ValueError, match="'kap'.*cap"):
+        prompts.toggled("smile", "kap")
+    with pytest.raises(ValueError, match="'smyle'.*smile"):
+        prompts.toggled("smyle", "cap")
+
+
 @pytest.mark.parametrize("options", ({"size": 15}, {"size": 65}, {"n": 0}, {"split": "all"}))
 def test_bad_options(options):
     with pytest.raises(ValueError, match="faces need|split is"):

@@ -41,7 +41,7 @@ CONFLICTS = (
     *itertools.product(("bun", "mohawk"), ("cap", "beanie", "party hat")),
     *itertools.product(("sunglasses",), ("closed eyes", "wink")),
 )
-_HIDDEN = "hair colour"  # of a bald face without a beard
+HIDDEN = "hair colour"  # of a bald face without a beard
 _FULL = 0.5  # share of the pictures whose description names every attribute
 
 TOKENS, DIM = len(ATTRIBUTES), 64
@@ -126,7 +126,7 @@ def _draw_named(face: Mapping[str, int], rng: np.random.Generator) -> dict[str, 
 def visible(face: Mapping[str, int]) -> dict[str, int]:
     """The attributes of `face` that a picture shows: without its hair colour if there is neither hair nor beard."""
     hidden = face.get("hair") == 0 and face.get("beard", 0) == 0
-    return {name: value for name, value in face.items() if not (hidden and name == _HIDDEN)}
+    return {name: value for name, value in face.items() if not (hidden and name == HIDDEN)}
 
 
 def attribute_of(word: str) -> str:

@@ -8,10 +8,12 @@ from PIL import Image, ImageDraw
 
 _SUPERSAMPLE = 8
 
-_SKIN = ((255, 224, 200), (245, 200, 160), (218, 164, 112), (160, 104, 66), (101, 64, 42))
-_HAIR = ((38, 32, 36), (112, 68, 38), (236, 196, 92), (196, 74, 34), (236, 236, 232), (58, 112, 226), (240, 118, 182))
-_SHIRT = ((214, 52, 52), (242, 142, 34), (46, 154, 82), (44, 92, 204), (134, 68, 176), (244, 244, 244), (44, 44, 50))
-_PAPER = ((250, 214, 92), (140, 208, 140), (138, 190, 244), (250, 176, 200), (196, 198, 204), (246, 168, 102))
+COLOURS = {  # RGB of the values of these attributes
+    "skin": ((255, 224, 200), (245, 200, 160), (218, 164, 112), (160, 104, 66), (101, 64, 42)),
+    "hair colour": ((38, 32, 36), (112, 68, 38), (236, 196, 92), (196, 74, 34), (236, 236, 232), (58, 112, 226), (240, 118, 182)),
+    "shirt": ((214, 52, 52), (242, 142, 34), (46, 154, 82), (44, 92, 204), (134, 68, 176), (244, 244, 244), (44, 44, 50)),
+    "background": ((250, 214, 92), (140, 208, 140), (138, 190, 244), (250, 176, 200), (196, 198, 204), (246, 168, 102)),
+}
 _INK, _WHITE, _FRAME, _BARE_BROW = (40, 30, 34), (252, 252, 250), (30, 30, 36), (90, 66, 52)
 _LIP = ((190, 62, 66),) * 3 + ((226, 96, 92),) * 2  # by skin, against which lips must show
 
@@ -68,10 +70,7 @@ def draw(face: Mapping[str, int], size: int, rng: np.random.Generator) -> torch.
     def jitter(spread: float) -> float:
         return float(rng.uniform(-spread, spread))
 
-    skin, hair, shirt, paper = (
-        _shaded(colours[face[name]], 1 + jitter(0.05))
-        for name, colours in (("skin", _SKIN), ("hair colour", _HAIR), ("shirt", _SHIRT), ("background", _PAPER))
-    )
+    skin, hair, shirt, paper = (_shaded(colours[face[name]], 1 + jitter(0.05)) for name, colours in COLOURS.items())
     pen = _Pen(size, paper, (jitter(0.035), jitter(0.02)), 1 + jitter(0.06))
     rx, ry, eye_y = 0.235 + jitter(0.015), 0.265 + jitter(0.02), 0.49 + jitter(0.012)
     _hair_behind(pen, face["hair"], hair, rx)

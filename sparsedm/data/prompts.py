@@ -1,9 +1,10 @@
 """Faces in words: `parse("red curly hair, round glasses, big smile, on yellow")`, and `describe`, its inverse."""
 
 import difflib
+import itertools
 from collections.abc import Mapping
 
-from .faces import ATTRIBUTES, CONFLICTS, attribute_of, visible
+from .faces import ATTRIBUTES, CONFLICTS, HIDDEN, attribute_of, visible
 
 EXAMPLE = "red curly hair, round glasses, big smile, on yellow"
 
@@ -71,12 +72,40 @@ def _unknown(word: str, words: list[str]) -> str:
 
 
 def _check_conflicts(words: set[str]) -> None:
-    for first, second in CONFLICTS:
-        if {first, second} <= words:
-            raise ValueError(f"no face has {first!r} together with {second!r}; leave one out")
-    colour = next((word for word in words if word in ATTRIBUTES["hair colour"]), None)
-    if colour and "bald" in words and not words & {"beard", "moustache"}:
-        raise ValueError(f"a bald face without a beard does not show {colour!r}; leave one out")
+    if not (pair := _conflict(words)):
+        return
+    first, second = pair
+    if first == "bald":
+        raise ValueError(f"a bald face without a beard does not show {second!r}; leave one out")
+    raise ValueError(f"no face has {first!r} together with {second!r}; leave one out")
+
+
+def _conflict(words: set[str]) -> tuple[str, str] | None:
+    """Two of the words that no face shows together."""
+    colours = () if words & {"beard", "moustache"} else itertools.product(("bald",), ATTRIBUTES[HIDDEN])
+    return next((pair for pair in (*CONFLICTS, *colours) if set(pair) <= words), None)
+
+
+def toggled(text: str, word: str) -> str:
+    """The description `text` with the value `word` added, in place of what contradicts it; without it if it was there.
+
+    Raises:
+        ValueError: `word` is not a value in `faces.ATTRIBUTES`, or as `parse`.
+    """
+    if word not in _PHRASES.values():
+        raise ValueError(_unknown(word, [word]))
+    name, words = attribute_of(word), {attribute_of(value): value for value in _values(parse(text))}
+    if words.get(name) == word:
+        del words[name]
+    else:
+        words[name] = word
+    while pair := _conflict(set(words.values())):
+        del words[attribute_of(pair[0] if pair[1] == word else pair[1])]
+    return ", ".join(words.values())
+
+
+def _values(face: Mapping[str, int]) -> list[str]:
+    return [ATTRIBUTES[name][value] for name, value in face.items()]
 
 
 def describe(face: Mapping[str, int]) -> str:

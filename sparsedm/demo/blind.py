@@ -14,7 +14,7 @@ from .. import data, plots
 from ..data import faces
 from ..measure import drawing
 from . import checks, race, turns
-from .models import BASES, Catalogue, Variant, student
+from .models import BASES, Catalogue, Variant, pairs, student
 from .race import Asked, Order
 from .words import said, saved
 
@@ -85,13 +85,19 @@ def words(score: Round) -> str:
     return f"{text} So far you do not tell them apart."
 
 
+def offered() -> dict[str, str]:
+    """The bundled teachers that have a 2:4 student, and their titles."""
+    return {name: title for name, title in BASES.items() if student(name)}
+
+
 def build(catalogue: Catalogue, tab: gr.Tab, base: str, job: dict) -> None:
-    """The tab; it deals the first pair when it is opened. `job` are the queue's options of every heavy event."""
+    """The tab; it deals the first pair when it is opened, by `base` if that is offered. `job` are the queue's options."""
     gr.HTML(
         "<p>The dense model and its 2:4 student draw the same thing from the same noise. One of the two pictures is by the "
         "student, which has half of the weights: which one? Nobody but you sees your score.</p>"
     )
-    model = gr.Radio([(title, name) for name, title in BASES.items() if name in catalogue.entries], value=base, label="Model")
+    base = base if base in offered() else next(iter(pairs().values()))[0]
+    model = gr.Radio([(title, name) for name, title in offered().items()], value=base, label="Model")
     kept = gr.State(None)
     with gr.Row(elem_id="blind"):
         pictures = [
@@ -115,7 +121,7 @@ def _begin(catalogue: Catalogue, base: str, kept: Round | None) -> Iterator[tupl
         yield tuple(gr.skip() for _ in range(5))
         return
     try:
-        checks.one_of("model", base, BASES)
+        checks.one_of("model", base, offered())
         yield from turns.short(_page(catalogue, Round(base, ""), "") for _ in range(1))
     except (ValueError, OSError) as error:
         raise said(error) from error

@@ -3,8 +3,8 @@
 import functools
 import html
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import gradio as gr
 import torch
@@ -13,18 +13,13 @@ from .. import data, diffusion, plots
 from ..data import faces
 from ..measure import judges, metrics
 from ..support import latency
-from . import race, turns
-from .models import Catalogue, Variant
+from . import chips, race, subjects, turns
+from .models import FACES, LETTERS, Catalogue, Variant
 from .race import Asked, Lane, Order
+from .subjects import SUBJECTS
 from .words import about, said, saved, si
 
-EXAMPLES = (
-    ("SPARSE", "glyphs-uvit", "glyphs-uvit-2x4"),
-    ("PRUNED", "glyphs-unet", "glyphs-unet-diffpruned"),
-    ("24OF4", "glyphs-uvit-2x4", "glyphs-uvit@2:4"),
-    ("DIFFUSION", "glyphs-uvit-2x4", "glyphs-unet-2x4"),
-)
-KINDS = (("a word", "word"), ("classes by number", "classes"), ("anything", "anything"))
+KINDS = (("the line", "word"), ("classes by number", "classes"), ("anything", "anything"))
 
 
 def _counts(needed: float, executed: float) -> str:
@@ -40,7 +35,8 @@ def figures(lane: Lane, order: Order) -> str:
     low, high = timing.spread
     wasted = counts.executed - counts.sparse
     bar = f"<i style='width:{counts.sparse * share:.1f}%'></i><b style='width:{wasted * share:.1f}%'></b>"
-    rows = {
+    rows = {"A classifier reads": _reading_words(reading(lane.images, order.asked))} if order.asked.judge else {}
+    rows |= {
         "MACs per picture and step": _counts(counts.sparse, counts.executed),
         "MACs so far": _counts(counts.sparse * calls, counts.executed * calls) + f"<span class='bar'>{bar}</span>",
         "Time per step": f"<strong>{timing.median * 1e3:.1f} ms</strong> median, quartiles {low * 1e3:.1f} to {high * 1e3:.1f}",
@@ -49,9 +45,8 @@ def figures(lane: Lane, order: Order) -> str:
         "Weights in memory": f"{si(variant.bytes)}B",
         "Layers": html.escape(variant.kernels),
     }
-    if order.asked.judge:
-        rows["A classifier reads"] = _reading_words(reading(lane.images, order.asked))
-    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items()) + "</dl>"
+    table = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items())
+    return f"<h3>{html.escape(variant.title)}</h3><dl>{table}</dl>"
 
 
 @dataclass(frozen=True)
@@ -62,13 +57,13 @@ class Reading:
         right: how many characters, or asked attributes, are right.
         of: how many there are.
         text: the characters; "" for faces.
-        missed: the asked attributes that are not there, in words, each with the number of faces.
+        faces: the words that were asked for, each with the number of faces where it is read.
     """
 
     right: int
     of: int
     text: str = ""
-    missed: tuple[str, ...] = ()
+    faces: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def what(self) -> str:
@@ -81,16 +76,16 @@ def reading(images: torch.Tensor, asked: Asked) -> Reading:
     right, of = int((read == expected)[expected >= 0].sum()), int((expected >= 0).sum())
     if asked.judge is judges.GLYPHS:
         return Reading(right, of, "".join(data.GLYPHS[c] for c in read))
-    wrong = ((read != expected) & (expected >= 0)).sum(0).tolist()
-    words = (values[value] for values, value in zip(faces.ATTRIBUTES.values(), expected[0].tolist()))
-    return Reading(right, of, missed=tuple(f"{word} ({count})" for word, count in zip(words, wrong) if count))
+    counts = (read == expected).sum(0).tolist()
+    words = (values[value] if value >= 0 else "" for values, value in zip(faces.ATTRIBUTES.values(), expected[0].tolist()))
+    return Reading(right, of, faces={word: count for word, count in zip(words, counts) if word})
 
 
 def _reading_words(found: Reading) -> str:
     if found.text:
         return f"<kbd>{found.text}</kbd> {found.right} of {found.of} right"
-    missed = f"; missed: {', '.join(found.missed)}" if found.missed else ""
-    return f"{found.right} of {found.of} asked attributes{missed}"
+    n = found.of // len(found.faces)
+    return " ".join(f"<span class='read'>{word} <b>{count}/{n}</b></span>" for word, count in found.faces.items())
 
 
 def work_words(left: Variant, right: Variant) -> str:
@@ -136,14 +131,15 @@ def _similarity(left: Lane, right: Lane) -> float:
 
 def show(left: Lane, right: Lane, order: Order) -> tuple:
     """Values for the page's outputs; slider, difference, SSIM and verdict wait for the last step."""
-    cards = saved(plots.word_card(left.images)), saved(plots.word_card(right.images, ink=plots.SPARSE_INK))
+    size = SUBJECTS[FACES if order.left.draws_faces else LETTERS].card
+    cards = saved(plots.word_card(left.images, size=size)), saved(plots.word_card(right.images, size=size, ink=plots.SPARSE_INK))
     titles = _title(order.left), _title(order.right)
     tables = figures(left, order), figures(right, order)
     done = len(left.seconds)
     if done < order.steps:
         return *titles, *cards, *tables, gr.skip(), gr.skip(), "", f"Denoising: step {done} of {order.steps} on both sides."
     apart = (left.images - right.images).abs().mean(1, keepdim=True)  # 0 to 2
-    difference = saved(plots.word_card(apart - 1, ink="#111111"))
+    difference = saved(plots.word_card(apart - 1, size=size, ink="#111111"))
     score = f"<b>{_similarity(left, right):.2f}</b><span>SSIM</span>"
     return *titles, *cards, *tables, cards, difference, score, verdict(left, right, order)
 
@@ -174,74 +170,97 @@ def _pages(catalogue: Catalogue, *wanted) -> Iterator[tuple | None]:
 
 def build(catalogue: Catalogue, demo: gr.Blocks, left: str, right: str, job: dict) -> None:
     """The tab; it draws its default order as soon as the page is opened. `job` are the queue's options of every heavy event."""
-    gr.HTML(
-        "<p>Two models turn the same noise into the same word and take turns, step by step, so that both are timed under the "
-        "same conditions. Type another word, or choose two other models.</p>"
-    )
+    offered = subjects.offered(catalogue, left, right)
+    subject = subjects.of(catalogue, left)
+    for key in (left, right):
+        catalogue.load(key)  # before the first visitor comes
+    line, switch, run, again, *clicked = _order(offered, subject)
+    with gr.Row():
+        lanes = [_lane(side, catalogue.choices(data=subject), key) for side, key in zip(("left", "right"), offered[subject])]
+    sides, titles, pictures = zip(*lanes, strict=True)
+    summary, *outcome = _outcome()
+    settings = _settings()
+    seed = settings[0]
+    event = {
+        "fn": functools.partial(compare, catalogue),
+        "inputs": [line, *sides, *settings],
+        "outputs": [*titles, *pictures, *outcome, summary],
+        "show_progress_on": summary,
+        **job,
+    }
+    triggers = [demo.load, run.click, line.submit, *(side.input for side in sides)]
+    gr.on(triggers, **event, api_name="compare", api_description=about(compare), trigger_mode="always_last")
+    private = {"api_visibility": "private", "queue": False}
+    rolled = again.click(lambda: random.randrange(10_000), None, seed, **private)
+    switched = switch.input(functools.partial(subjects.switched, catalogue, offered), switch, [line, *sides], **private)
+    steps_before = [rolled, switched, *clicked]
+    gr.HTML("Try:", elem_id="try")
+    for name in offered:
+        with gr.Row(elem_classes=["examples", f"for-{name}"]):
+            for text, *keys in SUBJECTS[name].examples:
+                if not {*keys} <= {*catalogue.entries}:
+                    continue
+                models = f": {' against '.join(catalogue.entries[key].title for key in keys)}" if keys else ""
+                button = gr.Button(text + models, size="sm", variant="secondary", min_width=200)
+                values = functools.partial(tuple, (text, *(keys or offered[name])))
+                steps_before.append(button.click(values, None, [line, *sides], **private))
+    for step in steps_before:
+        step.then(**event, api_visibility="private", trigger_mode="always_last")
+
+
+def _order(offered: dict, subject: str) -> tuple:
+    """What is to be drawn; last the event of a click on a chip, if there are chips."""
+    known = SUBJECTS[subject]
+    with gr.Row(elem_id="subject"):
+        gr.HTML("<p>Two models turn the same noise into pictures and take turns, step by step, so that both are timed alike.</p>")
+        names = [(SUBJECTS[name].title, name) for name in offered]
+        switch = gr.Radio(names, value=subject, visible=len(names) > 1, show_label=False, label="Subject", container=False)
     with gr.Row(elem_classes=["order"]):
-        info = f"A-Z, 0-9, at most {race.MAX_PICTURES}"
-        text = gr.Textbox("SPARSE", label="Word", info=info, max_lines=1, scale=3, min_width=180)
-        sides = [
-            gr.Dropdown(
-                catalogue.choices(),
-                value=key,
-                label=name,
-                info=info,
-                scale=3,
-                min_width=220,
-            )
-            for name, key, info in (("Left", left, "one model"), ("Right", right, "and its rival"))
-        ]
-        run = gr.Button("Draw", variant="primary", min_width=90)
-        again = gr.Button("New seed", min_width=110)
+        line = gr.Textbox(known.text, label=known.label, info=known.info or None, max_lines=1, scale=3, min_width=300)
+        run = gr.Button("Draw", variant="primary", scale=0, min_width=110)
+        again = gr.Button("New seed", scale=0, min_width=110)
+    clicked = [chips.build(line)] if FACES in offered else []
+    return line, switch, run, again, *clicked
+
+
+def _lane(side: str, choices: list, key: str) -> tuple[gr.Dropdown, gr.HTML, gr.Image]:
+    """One side's model, to be chosen, and what the model draws; its title is for scripts."""
+    with gr.Column(elem_classes=["side", side], min_width=320):
+        model = gr.Dropdown(choices, value=key, label=side.title(), show_label=False, container=False)
+        title = gr.HTML(f"<h2>{side.title()}</h2>", label=f"{side}: model", visible="hidden")
+        alt = f"What the model on the {side} draws"
+        return model, title, gr.Image(label=side, show_label=False, format="png", buttons=["download"], alt_text=alt)
+
+
+def _settings() -> list[gr.components.Component]:
     with gr.Accordion("Seed, steps, sampler, guidance, classes", open=False):
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=race.MAX_SEED, min_width=110)
             steps = gr.Slider(1, race.MAX_STEPS, 25, step=1, label="Steps", buttons=[])
             sampler = gr.Dropdown(list(diffusion.SAMPLERS), value="ddim", label="Sampler", min_width=120)
             guidance = gr.Slider(0, race.MAX_GUIDANCE, 0, step=0.1, label="Guidance", buttons=[])
-        kind = gr.Radio(KINDS, value="word", label="Draw", info="Models that do not draw letters take classes or anything.")
+        info = "Models that draw neither faces nor letters take classes or anything."
+        kind = gr.Radio(KINDS, value="word", label="Draw", info=info)
+    return [seed, steps, sampler, guidance, kind]
+
+
+def _outcome() -> tuple:
+    """Where the outcome appears: the summary, both tables, slider, difference and SSIM."""
     summary = gr.Markdown("Loading the models.", label="Verdict", elem_id="verdict")
+    tables = []
     with gr.Row():
-        lanes = [_column(side) for side in ("left", "right")]
-    titles, pictures, tables = zip(*lanes, strict=True)
+        for side in ("left", "right"):
+            with gr.Column(elem_classes=["side", side], min_width=320):
+                tables.append(gr.HTML(label=f"{side}: figures", elem_classes=["figures"]))
     gr.HTML(
-        "<h2>One over the other</h2><p>Drag the handle: left of it is the left model's picture. Below is where they differ.</p>"
+        "<h2>One over the other</h2><p>Drag the handle: left of it is the left model's picture. Beside is where they differ.</p>"
     )
     with gr.Row(elem_id="difference"):
-        with gr.Column(scale=5, min_width=280):
-            slider = gr.ImageSlider(show_label=False, label="Left against right", format="png", buttons=[])
-            apart = gr.Image(label="Difference", show_label=False, format="png", buttons=[], alt_text="Where the two differ")
-        score = gr.HTML(label="SSIM", elem_id="ssim")
-    outputs = [*titles, *pictures, *tables, slider, apart, score, summary]
-    inputs = [text, *sides, seed, steps, sampler, guidance, kind]
-    event = {
-        "fn": functools.partial(compare, catalogue),
-        "inputs": inputs,
-        "outputs": outputs,
-        "show_progress_on": summary,
-        **job,
-    }
-    triggers = [demo.load, run.click, text.submit, *(side.input for side in sides)]
-    gr.on(triggers, **event, api_name="compare", api_description=about(compare), trigger_mode="always_last")
-    rolled = again.click(lambda: random.randrange(10_000), None, seed, api_visibility="private", queue=False)
-    rolled.then(**event, api_visibility="private")
-    gr.Markdown("Try:", elem_id="try")
-    with gr.Row(elem_id="examples"):
-        for word, *keys in EXAMPLES:
-            title = f"{word}: {' against '.join(catalogue.entries[key].title for key in keys)}"
-            button = gr.Button(title, size="sm", variant="secondary", min_width=200)
-            values = functools.partial(tuple, (word, *keys))
-            chosen = button.click(values, None, [text, *sides], api_visibility="private", queue=False)
-            chosen.then(**event, api_visibility="private")
-
-
-def _column(side: str) -> tuple[gr.HTML, gr.Image, gr.HTML]:
-    with gr.Column(elem_classes=["side", side], min_width=320):
-        title = gr.HTML(f"<h2>{side.title()}</h2>", label=f"{side}: model")
-        alt = f"What the model on the {side} draws"
-        picture = gr.Image(label=side, show_label=False, format="png", buttons=["download"], alt_text=alt)
-        return title, picture, gr.HTML(label=f"{side}: figures", elem_classes=["figures"])
+        slider = gr.ImageSlider(show_label=False, label="Left against right", format="png", buttons=[], min_width=280, scale=5)
+        alt = "Where the two differ"
+        apart = gr.Image(label="Difference", show_label=False, format="png", buttons=[], alt_text=alt, min_width=280, scale=5)
+        score = gr.HTML(label="SSIM", elem_id="ssim", min_width=100, scale=1)
+    return summary, *tables, slider, apart, score
 
 
 def offer_generate(catalogue: Catalogue, job: dict) -> None:

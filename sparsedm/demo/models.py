@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import data
 from ..checkpoints import folders
-from ..experiments.recipes import RECIPES
+from ..experiments.recipes import RECIPES, Recipe
 from ..masking import layers
 from ..masking.plain import WEIGHTED
 from ..measure import drawing, macs, sizes
@@ -21,9 +21,12 @@ from ..support import processes
 
 ONE_SHOT = ("2:4", "1:4", "3:4", "4:8", "7:8", "15:16")
 PACK_BATCH = 6  # pictures that packing times layers with: a word of six letters
+LETTERS, FACES = "glyphs", "faces"  # data sets
 ROLES = {  # of bundled models, as people read them
-    "teacher": "dense", "2x4": "2:4 SparseDM", "2x4-calibrated": "2:4 calibrated, no training", "diffpruned": "Diff-Pruning",
+    "teacher": "dense", "2x4": "2:4 SparseDM", "2x4-from-calibrated": "2:4 calibrated, then trained",
+    "2x4-calibrated": "2:4 calibrated, no training", "diffpruned": "Diff-Pruning",
 }  # fmt: skip
+STUDENTS = ("2x4", "2x4-from-calibrated", "2x4-calibrated")  # roles of 2:4 students, those to show first before the others
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Entry:
         role: one of `ROLES`, "masked" for a teacher masked without training, or "own" for a folder.
         base: the bundled teacher itself, or the student's bundled teacher; "" for a folder.
         pattern: N:M to mask the model with; "" for a model that stays as stored.
+        data: the data set that it draws, "glyphs" or "faces"; "" for a folder.
     """
 
     title: str
@@ -43,14 +47,20 @@ class Entry:
     role: str
     base: str = ""
     pattern: str = ""
+    data: str = ""
+
+
+def _called(recipe: Recipe) -> str:
+    return f"Face {recipe.backbone}" if recipe.data == FACES else recipe.backbone
 
 
 BUNDLED = {
-    name: Entry(f"{recipe.backbone}, {ROLES[recipe.role]}", name, recipe.role, recipe.base or name)
+    name: Entry(f"{_called(recipe)}, {ROLES[recipe.role]}", name, recipe.role, recipe.base or name, data=recipe.data)
     for name, recipe in RECIPES.items()
     if recipe.bundle and name in folders.bundled()
 }
-BASES = {name: RECIPES[name].backbone for name, entry in BUNDLED.items() if entry.role == "teacher"}
+BASES = {name: _called(RECIPES[name]) for name, entry in BUNDLED.items() if entry.role == "teacher"}
+LETTER_BASES = {name: title for name, title in BASES.items() if RECIPES[name].data == LETTERS}
 
 
 @dataclass(frozen=True)
@@ -116,15 +126,22 @@ class Catalogue:
         for base, backbone in BASES.items():
             for pattern in ONE_SHOT:
                 title = f"{backbone}, {pattern} without training"
-                self.entries[f"{base}@{pattern}"] = Entry(title, base, "masked", base, pattern)
+                self.entries[f"{base}@{pattern}"] = Entry(title, base, "masked", base, pattern, RECIPES[base].data)
 
-    def choices(self, *roles: str) -> list[tuple[str, str]]:
-        """Titles and keys of the models of these roles, or of all models, for a list to choose from."""
-        return [(entry.title, key) for key, entry in self.entries.items() if not roles or entry.role in roles]
+    def choices(self, *roles: str, data: str = "") -> list[tuple[str, str]]:
+        """Titles and keys of the models of these roles (or all) that draw `data` (or anything), for a list to choose from.
+
+        Folders may draw anything.
+        """
+        return [
+            (entry.title, key)
+            for key, entry in self.entries.items()
+            if (not roles or entry.role in roles) and (not data or entry.data in ("", data))
+        ]
 
     def rival(self, key: str) -> str:
         """The model to compare with first: a teacher's 2:4 student, or the model itself."""
-        return student(key) if self.entries[key].role == "teacher" else key
+        return student(key) or key if self.entries[key].role == "teacher" else key
 
     def load(self, key: str) -> Variant:
         """The model of a key of `entries`, packed where that is faster. Raises ValueError or OSError for a folder without one."""
@@ -146,8 +163,15 @@ class Catalogue:
 
 
 def student(base: str) -> str:
-    """The bundled 2:4 student of a bundled teacher."""
-    return next(name for name, entry in BUNDLED.items() if entry.base == base and entry.role == "2x4")
+    """The bundled 2:4 student of a bundled teacher, by the order of `STUDENTS`; "" if there is none."""
+    students = {entry.role: name for name, entry in BUNDLED.items() if entry.base == base}
+    return next((students[role] for role in STUDENTS if role in students), "")
+
+
+def pairs() -> dict[str, tuple[str, str]]:
+    """The first bundled teacher with a 2:4 student for every data set, faces first, and this student."""
+    found = {entry.data: (name, student(name)) for name, entry in reversed(BUNDLED.items()) if name in BASES and student(name)}
+    return {data: found[data] for data in (FACES, LETTERS) if data in found}
 
 
 def kernels(model: nn.Module) -> str:

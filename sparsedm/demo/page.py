@@ -10,7 +10,7 @@ from starlette.middleware import Middleware
 
 from .. import plots
 from . import blind, compare, explore, speedtest, tradeoff, tune
-from .models import BASES, Catalogue
+from .models import Catalogue
 from .visitors import Door
 
 QUEUE = 32  # orders that may wait
@@ -29,7 +29,7 @@ def build(catalogue: Catalogue | None = None, left: str = "glyphs-uvit", right: 
         with gr.Tab("Compare"):
             compare.build(catalogue, demo, left, right, {**short, **shown})
         with gr.Tab("Blind test") as test:
-            blind.build(catalogue, test, left if left in BASES else "glyphs-uvit", {**short, **shown})
+            blind.build(catalogue, test, left, {**short, **shown})
         with gr.Tab("Masks") as masks:
             explore.build(catalogue, "glyphs-uvit", masks)
         with gr.Tab("Trade-off") as results:

@@ -9,7 +9,6 @@ from pathlib import Path
 import gradio as gr
 
 from .. import plots
-from ..checkpoints import folders
 from ..measure import speed
 from . import checks, turns
 from .models import BASES
@@ -78,8 +77,7 @@ def build(job: dict) -> None:
         "PyTorch's dense layers against packed ones, in turn, so that both meet the same noise.</p>"
     )
     with gr.Row(elem_classes=["order"]):
-        bundled = [(title, name) for name, title in BASES.items() if name in folders.bundled()]
-        base = gr.Radio(bundled, value="glyphs-uvit", label="Model", min_width=160)
+        base = gr.Radio([(title, name) for name, title in BASES.items()], value="glyphs-uvit", label="Model", min_width=160)
         batches = gr.CheckboxGroup(list(BATCHES), value=[1, 16], label="Pictures at a time", min_width=200)
         dtype = gr.Radio(DTYPES, value="float32", label="Numbers", min_width=200)
         layers = gr.Checkbox(False, label="Single layers, too", min_width=140)

@@ -6,7 +6,7 @@ from PIL import Image
 from ..experiments import figures, results
 from ..experiments.recipes import recipe
 from . import checks, scatter
-from .models import BASES
+from .models import LETTER_BASES
 from .words import about, said, saved
 
 SUITES = {"headline": "long training", "short": "every method, short training"}
@@ -29,7 +29,7 @@ def points(base: str, suite: str, cost: str) -> list[scatter.Point]:
 def draw(base, suite, cost, chosen=None) -> tuple:
     """The plot as SVG, and the results to choose from; `chosen` is ringed."""
     try:
-        checks.one_of("backbone", base, BASES)
+        checks.one_of("backbone", base, LETTER_BASES)
         checks.one_of("suite", suite, SUITES)
         checks.one_of("cost", cost, COSTS)
         shown = points(base, suite, cost)
@@ -73,7 +73,9 @@ def build(tab: gr.Tab) -> None:
         "list, to see what the model drew and the command that makes it again.</p>"
     )
     with gr.Row():
-        base = gr.Radio([(title, name) for name, title in BASES.items()], value="glyphs-uvit", label="Backbone", min_width=160)
+        base = gr.Radio(
+            [(title, name) for name, title in LETTER_BASES.items()], value="glyphs-uvit", label="Backbone", min_width=160
+        )
         suite = gr.Radio([(title, name) for name, title in SUITES.items()], value="headline", label="Results", min_width=220)
         cost = gr.Radio([(title, name) for name, title in COSTS.items()], value="macs", label="Cost", min_width=220)
     plot = gr.HTML(js_on_load=scatter.ON_LOAD, elem_id="tradeoff", label="Quality against cost")

@@ -20,7 +20,7 @@ from ..measure import judges, macs, metrics
 from ..models import students
 from ..training import distill
 from . import checks, race, turns
-from .models import BASES, Catalogue, copy_of, student
+from .models import LETTER_BASES, Catalogue, copy_of, student
 from .words import about, said, saved, si
 
 PATTERNS = ("2:4", "1:4", "3:4", "4:8", "1:8", "7:8")
@@ -54,7 +54,7 @@ class Watched:
 
 def check(catalogue: Catalogue, base, pattern, decay, weight, steps, word) -> torch.Tensor:
     """The word's labels. Raises ValueError, with the remedy, if the order cannot be carried out."""
-    checks.one_of("model", base, BASES)
+    checks.one_of("model", base, LETTER_BASES)
     checks.one_of("pattern", pattern, PATTERNS)
     checks.within("decay", decay, 0, 0.01)
     checks.within("teacher's weight", weight, 0, 1)
@@ -158,7 +158,9 @@ def build(catalogue: Catalogue, job: dict) -> None:
         "weights return, their decay holds them back, and the teacher's answers are learned too.</p>"
     )
     with gr.Row():
-        base = gr.Radio([(title, name) for name, title in BASES.items()], value="glyphs-uvit", label="Teacher", min_width=160)
+        base = gr.Radio(
+            [(title, name) for name, title in LETTER_BASES.items()], value="glyphs-uvit", label="Teacher", min_width=160
+        )
         pattern = gr.Dropdown(list(PATTERNS), value="2:4", label="Pattern", min_width=90)
         decay = gr.Slider(0, 0.01, 2e-4, step=1e-4, label="Decay of pruned weights", buttons=[], min_width=160)
         weight = gr.Slider(0, 1, 0.1, step=0.05, label="Teacher's weight", buttons=[], min_width=160)
