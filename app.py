@@ -21,10 +21,12 @@ def main() -> None:
     add("--device", default="auto", help="cpu, cuda, ...; by default the GPU if there is one")
     args = parser.parse_args()
 
-    from sparsedm.demo import page  # --help does without
+    from sparsedm.demo import page, serving  # --help does without
 
     try:
         check_port(args.port)
+        for name in serving.LIMITS:
+            serving.limit(name)
         catalogue, left, right = choose(args.model, args.device)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

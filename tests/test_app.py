@@ -15,7 +15,12 @@ import pytest
 from PIL import Image
 
 import app
+<<<<<<< HEAD
 from sparsedm.demo import models, page, tune, visitors
+=======
+import sparsedm
+from sparsedm.demo import page, serving, tune, visitors
+>>>>>>> classes
 
 ORDER = dict(text="A7", left="glyphs-unet", right="glyphs-unet-2x4", seed=0, steps=3, sampler="ddim", guidance=0, kind="word")
 TRAINING = ("glyphs-unet", "2:4", 0, 0.1, 400, "A")
@@ -212,7 +217,7 @@ def test_training_stops_when_nobody_ever_listens(join, taken, monkeypatch):
 def test_one_visitor_s_orders_are_bounded_and_those_without_a_listener_do_not_block(join, client, taken, monkeypatch):
     monkeypatch.setattr(visitors, "PATIENCE", 60.0)
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: join("finetune", TRAINING)[1], range(visitors.MOST + 13)))
+        answers = list(pool.map(lambda _: join("finetune", TRAINING)[1], range(serving.limit("SPARSEDM_VISITOR_ORDERS") + 13)))
     refused = [answer for answer in answers if answer.status_code == 429]
     assert 13 <= len(refused) < len(answers) and {answer.status_code for answer in answers} == {200, 429}
     assert all(re.search(r"orders waiting: .*again", answer.json()["detail"]) for answer in refused)
@@ -239,6 +244,22 @@ def test_memory_does_not_grow_with_the_sessions(served):
     for number in range(page.SESSIONS + 5):
         assert sessions[f"session {number}"]
     assert len(sessions.session_data) <= page.SESSIONS
+
+
+def test_the_health_page_tells_the_version(url):
+    answer = httpx.get(f"{url}health", timeout=60)
+    assert answer.status_code == 200 and answer.json() == {"status": "ok", "version": sparsedm.__version__}
+
+
+def test_limits_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("SPARSEDM_QUEUE", "3")
+    assert page.build()._queue.max_size == 3
+    for value in ("0", "many", "-1", "²"):
+        monkeypatch.setenv("SPARSEDM_VISITOR_ORDERS", value)
+        monkeypatch.setattr(sys, "argv", ["app.py"])
+        with pytest.raises(SystemExit, match="^error: SPARSEDM_VISITOR_ORDERS .*12") as ended:
+            app.main()
+        assert "\n" not in str(ended.value)
 
 
 def test_the_page_needs_no_network(url):

@@ -125,7 +125,7 @@ def test_faces_are_asked_for_with_chips_and_letters_are_one_click_away(open_page
 
 def test_one_order_too_many_is_refused_with_words(open_page, monkeypatch):
     sheet = open_page(errors=["429"])
-    monkeypatch.setattr(visitors, "MOST", 0)
+    monkeypatch.setattr(visitors, "limit", lambda name: 0)
     sheet.get_by_role("button", name="Draw", exact=True).click()
     sheet.get_by_text("orders waiting").wait_for(timeout=WAIT)
 

@@ -6,13 +6,14 @@ import time
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sparsedm import diffusion
 from sparsedm.checkpoints import folders
 from sparsedm.masking import layers
+from sparsedm.models import denoisers
 from sparsedm.models.uvit import UViTModel
 from sparsedm.packing import tensors
 from sparsedm.pruning import diffpruning
@@ -180,6 +181,32 @@ def test_any_value_in_a_noise_schedule_is_refused_or_sampled_with(tmp_path):
                 diffusion.generate(back, noise, sampler=sampler, steps=steps, class_labels=labels)
                 drawn += 1
     assert refused > 80 and drawn > 50
+
+
+def text_unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    sizes = {"sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "cross_attention_dim": 8}
+    return UNet2DConditionModel(**blocks, **sizes, norm_num_groups=4, attention_head_dim=4)
+
+
+@pytest.mark.parametrize("make", [unet, text_unet])
+def test_a_negative_size_is_refused_at_load_and_not_by_the_first_call(make, tmp_path):
+    model, refused = make(), set()
+    folders.save(model, tmp_path)
+    file = tmp_path / folders.CONFIG
+    config = json.loads(file.read_text())
+    numbers = [key for key, value in config.items() if type(value) is int]
+    for key in {*numbers, "attention_head_dim", "norm_num_groups", "attn_norm_num_groups"}:
+        file.write_text(json.dumps(config | {key: -1}))
+        try:
+            back = folders.load(tmp_path)
+        except ValueError as error:
+            assert folders.CONFIG in str(error) and key in str(error)
+            refused.add(key)
+            continue
+        back(**denoisers.example_inputs(back))
+    assert refused >= {"attention_head_dim", "norm_num_groups", "layers_per_block"}
 
 
 WRONG = [

@@ -778,3 +778,24 @@ def test_what_belongs_to_somebody_else_is_not_loaded(cached):
 
 def test_a_cache_folder_is_closed_to_others(cached):
     assert cached.library.parent.stat().st_mode & 0o777 == 0o700 and cached.library.stat().st_mode & 0o777 == 0o755
+
+
+def test_prebuilt_libraries_need_no_compiler(cached, tmp_path, monkeypatch):
+    folder = tmp_path / "prebuilt"
+    cached().prebuild(folder)
+    assert {path.name for path in folder.iterdir()} == {f"nm-{level}.so" for level in build.LEVELS}
+    monkeypatch.setenv(build.PREBUILT, str(folder))
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def loaded(features):
+        module = cached()
+        module._features = lambda: features
+        return module.library()
+
+    for level, features in build.LEVELS.items():
+        assert loaded(features)._name == str(folder / f"nm-{level}.so")
+    (folder / "nm-x86-64-v4.so").chmod(0o777)
+    assert loaded(build.LEVELS["x86-64-v4"] | build.LEVELS["x86-64-v3"])._name == str(folder / "nm-x86-64-v3.so")
+    with pytest.warns(UserWarning, match="kernels are off.*no C.. compiler"):
+        assert loaded({"sse2"}) is None

@@ -167,6 +167,7 @@ def test_options_of_loading_that_change_nothing(student, folder, options):
     ("options", "message"),
     [
         ({"low_cpu_mem_usage": False}, "low_cpu_mem_usage"),
+        ({"device_map": "auto"}, "UNet2DModel does not support .device_map='auto'"),  # diffusers' own word
         ({"device_map": {"": "disk"}}, "device_map.*disk.*device_map='cpu'"),
         ({"device_map": {"conv_in": "cpu", "": 0}}, "several devices.*device_map='cpu'"),
         ({"torch_dtype": torch.float8_e4m3fn}, "float8_e4m3fn.*take float32"),
@@ -242,6 +243,39 @@ def dense(unet, tmp_path):
 def test_magnitude_while_loading_is_sparsify_and_fold(dense, student):
     config = sparsedm.NMConfig("2:4", method="magnitude")
     assert_equal(UNet2DModel.from_pretrained(dense / "unet", quantization_config=config), student)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"variant": "fp16"},
+        {"torch_dtype": torch.bfloat16},
+        {"device_map": "cpu"},
+        {"low_cpu_mem_usage": True},
+    ],
+    ids=str,
+)
+def test_dense_shards_become_sparse_while_they_load_with_the_options_of_users(unet, tmp_path, options):
+    unet.save_pretrained(tmp_path, max_shard_size="20KB", variant=options.get("variant"))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    config = sparsedm.NMConfig("2:4", method="magnitude")
+    loaded = UNet2DModel.from_pretrained(tmp_path, quantization_config=config, **options)
+    assert_equal(loaded, sparsedm.fold(sparsedm.sparsify(unet.to(options.get("torch_dtype", torch.float32)))))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"low_cpu_mem_usage": False}, "low_cpu_mem_usage"),
+        ({"device_map": {"conv_in": "cpu", "": 0}}, "several devices.*device_map='cpu'"),
+        ({"device_map": "auto"}, "UNet2DModel does not support .device_map='auto'"),
+        ({"variant": "fp16"}, "fp16"),
+    ],
+)
+def test_options_that_cannot_be_followed_while_a_model_becomes_sparse_are_refused(dense, options, message):
+    config = sparsedm.NMConfig("2:4", method="magnitude")
+    with pytest.raises((ValueError, OSError), match=message):
+        UNet2DModel.from_pretrained(dense / "unet", quantization_config=config, **options)
 
 
 @pytest.mark.filterwarnings("ignore:.*calibration tokens")

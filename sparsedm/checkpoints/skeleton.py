@@ -47,7 +47,10 @@ def model_of(cls: type[ModelMixin], config: Mapping, pruning: structure.Record |
 
 
 def _check_types(cls: type[ModelMixin], config: Mapping) -> None:
-    """Raise ValueError for a setting of plainly another type than the class takes, by its annotation and its default."""
+    """Raise ValueError for a setting of plainly another type than the class takes, by its annotation and its default.
+
+    Whole numbers are sizes and counts: below zero, many make a model of the same weights that fails at its first call.
+    """
     try:
         hints = get_type_hints(cls.__init__)
     except (NameError, TypeError):  # annotations may name what is imported for type checkers alone
@@ -59,6 +62,15 @@ def _check_types(cls: type[ModelMixin], config: Mapping) -> None:
             if not _is_of(config[name], kinds):
                 known = " or ".join(sorted(_KINDS[kind] for kind in kinds))
                 raise ValueError(f"{name} is {str(config[name])[:40]!r}, but {cls.__name__} takes {known}")
+            if int in kinds and _negative(config[name]) and not _negative(parameter.default):
+                raise ValueError(f"{name} is {config[name]}, but {cls.__name__} takes no negative number there")
+
+
+def _negative(value: Any) -> bool:
+    """Whether a whole number, or one in a list, is below zero."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_negative, value))
+    return type(value) is int and value < 0
 
 
 _KINDS = {

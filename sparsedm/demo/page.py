@@ -7,13 +7,14 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 
 import gradio as gr
 from starlette.middleware import Middleware
+from starlette.routing import Route
 
 from .. import plots
 from . import blind, compare, explore, speedtest, tradeoff, tune
 from .models import Catalogue
+from .serving import HEALTH, health, limit
 from .visitors import Door
 
-QUEUE = 32  # orders that may wait
 SESSIONS = 100  # whose settings Gradio keeps, 0.2 MB each
 
 
@@ -39,7 +40,7 @@ def build(catalogue: Catalogue | None = None, left: str = "glyphs-uvit", right: 
         with gr.Tab("Fine-tune"):
             tune.build(catalogue, {**long, **shown})
         compare.offer_generate(catalogue, short)
-    return demo.queue(max_size=QUEUE, api_open=False)
+    return demo.queue(max_size=limit("SPARSEDM_QUEUE"), api_open=False)
 
 
 HEADER = """<h1>Sparse diffusion, side by side</h1>"""
@@ -61,4 +62,5 @@ LOOK = {
 
 def launch(demo: gr.Blocks, **options) -> str:
     """Serve the page; returns its address. `options` are those of `gr.Blocks.launch`."""
-    return demo.launch(**LOOK, **options, app_kwargs={"middleware": [Middleware(Door)]})[1]
+    served = {"middleware": [Middleware(Door)], "routes": [Route(HEALTH, health)]}
+    return demo.launch(**LOOK, **options, app_kwargs=served)[1]

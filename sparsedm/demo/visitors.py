@@ -12,7 +12,8 @@ from gradio.queueing import Queue
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-MOST = 12  # orders of one visitor (one network address) that wait or run; Gradio bounds the orders of all visitors
+from .serving import limit
+
 PATIENCE = 5.0  # seconds after its order within which a script must have begun to listen
 
 _ORDER = re.compile(r"/(queue/join|call/(v2/)?[^/]+)/?$")
@@ -21,7 +22,7 @@ _listening: Counter[str] = Counter()  # open streams of results, by session or e
 
 
 class Door:
-    """ASGI middleware of the app: it refuses a visitor's orders above `MOST` and notes who listens for results."""
+    """ASGI middleware of the app: it refuses a visitor's orders above their limit and notes who listens for results."""
 
     def __init__(self, app):
         self.app, self._arriving = app, Counter()
@@ -38,9 +39,10 @@ class Door:
 
     async def _order(self, scope, receive, send) -> None:
         address = _address(Request(scope))
+        most = limit("SPARSEDM_VISITOR_ORDERS")  # Gradio bounds the orders of all visitors
         events = scope["app"].get_blocks()._queue.event_ids_to_events.values()
-        if self._arriving[address] + sum(_address(event.request) == address for event in events) >= MOST:
-            answer = JSONResponse({"detail": f"You have {MOST} orders waiting: let one end, then order again."}, 429)
+        if self._arriving[address] + sum(_address(event.request) == address for event in events) >= most:
+            answer = JSONResponse({"detail": f"You have {most} orders waiting: let one end, then order again."}, 429)
             await answer(scope, receive, send)
             return
         with _counted(self._arriving, address):  # orders that are not yet in the queue

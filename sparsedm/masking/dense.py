@@ -19,7 +19,9 @@ from .srste import SPARSE_CLASS, NMLayer
 Rule = Callable[[str], str | None]  # a layer's name to the reason why it stays dense, or None
 
 _FAMILIES: dict[str, tuple[str, ...]] = {}
-_STEERING = re.compile(r"norm|emb(ed|_|$)|(^|_)mod(ulation)?s?(_|$)|ada_?ln|scale_shift|mapper|caption_proj", re.IGNORECASE)
+_STEERING = re.compile(
+    r"norm|emb(ed|_|$)|(^|_)mod(ulation)?s?(_|$)|ada_?ln|scale_(shift|bias)|film|mapper|caption_proj", re.IGNORECASE
+)
 
 
 def register(class_name: str, globs: tuple[str, ...]) -> None:

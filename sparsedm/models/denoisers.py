@@ -286,9 +286,12 @@ def predicts_variance(model: nn.Module) -> bool:
 
 
 def each(function: Callable[[torch.Tensor], Any], inputs: Any) -> Any:
-    """`inputs` with `function` applied to every tensor, also to the tensors in nested dicts."""
+    """`inputs` with `function` applied to every tensor, also to the tensors in nested dicts, lists and tuples."""
     if isinstance(inputs, Mapping):
         return {name: each(function, value) for name, value in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        values = [each(function, value) for value in inputs]
+        return values if isinstance(inputs, list) else tuple(values)
     return function(inputs) if isinstance(inputs, torch.Tensor) else inputs
 
 

@@ -135,7 +135,18 @@ def _dry(model: nn.Module, inputs: Mapping | None, run: Callable[[nn.Module, Map
                 raise ValueError(f"{type(model).__name__} does not take {given} ({error}); pass inputs={{...}}") from error
             if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
                 raise
-        return run(_plain(structure_of(model)).eval(), inputs)
+        try:
+            return run(_plain(structure_of(model, _frozen)).eval(), inputs)
+        except Exception as error:
+            if "flex_attention" not in repr(error) and not type(error).__module__.startswith("torch._dynamo"):
+                raise
+            name, remedy = type(model).__name__, "sparsify it without inputs= and train it instead of calibrating it"
+            raise ValueError(f"{name} computes with flex attention, which no dry run can follow; {remedy}") from error
+
+
+def _frozen(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself for a shadow of the model: flop counters do not take parameters that want gradients as arguments."""
+    return nn.Parameter(tensor.detach(), requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor
 
 
 def _wrap_layers(shadow: nn.Module, watch: Callable) -> None:

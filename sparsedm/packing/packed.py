@@ -141,6 +141,7 @@ class PackedConv2d(_CPULayer):
     def __init__(self, plain: nn.Conv2d, pattern: NMPattern | str):
         super().__init__(plain, pattern)
         self.kernel_size, self.stride, self.padding = plain.kernel_size, plain.stride, plain.padding
+        self.in_channels, self.out_channels = plain.in_channels, plain.out_channels  # which models read
         self._choose_kernel()
 
     def _stride(self) -> int:

@@ -147,6 +147,8 @@ def _row_weights(calls: Sequence[Call], kind: str) -> Sequence[torch.Tensor | No
     if kind == "uniform":
         return [None] * len(calls)
     timesteps = [call.timestep for call in calls]
+    if any(t is None for t in timesteps):
+        raise ValueError(f"weights {kind!r} need one timestep for each row of a call, which this model does not take; leave them")
     return obs.timestep_weights(torch.cat(timesteps)).split([len(t) for t in timesteps])
 
 
@@ -205,11 +207,11 @@ def _packages(model: nn.Module, runs: Mapping[str, _Runs], count: int, max_memor
 
 
 def _warn_of_few(model: nn.Module, runs: Mapping[str, _Runs], calls: Sequence[Call]) -> None:
-    rows = sum(len(call.timestep) for call in calls)
+    rows = sum(call.rows for call in calls)
     needed = {}  # rows, for as many tokens as inputs
     for name, found in runs.items():
         d = obs.columns(model.get_submodule(name).weight).shape[1]
-        needed[name] = -(-d * len(calls[0].timestep) // found.tokens)
+        needed[name] = -(-d * calls[0].rows // found.tokens)
     name = max(needed, key=needed.get)
     if needed[name] > rows:
         warnings.warn(f"{name} has fewer calibration tokens than inputs at n={rows}; n={needed[name]} would do", stacklevel=2)
@@ -224,22 +226,39 @@ def _gather(teacher, student, package, calls, row_weights, tokens: int, generato
     for call, weight in zip(calls, row_weights, strict=True):
         targets = {name: [] for name in package}
 
-        def keep(name, layer, x, y, targets=targets, weight=weight):
-            y = obs.outputs(layer, y)
+        def draw(name, y):
             wanted = math.ceil(tokens * len(y) / (package[name].tokens * len(calls)))
-            chosen = torch.randperm(len(y), generator=generator)[:wanted]
-            each_token = None if weight is None else weight.repeat_interleave(len(y) // len(weight))[chosen]
-            targets[name].append((chosen, y[chosen], each_token))
+            return torch.randperm(len(y), generator=generator)[:wanted]
+
+        def keep(name, layer, x, y, targets=targets, weight=weight):
+            if not _is_routed(name):
+                y = obs.outputs(layer, y)
+                chosen = draw(name, y)
+                each_token = None if weight is None else weight.repeat_interleave(len(y) // len(weight))[chosen]
+                targets[name].append((chosen, y[chosen], each_token))
 
         def add(name, layer, x, y, targets=targets):
-            chosen, y, weight = targets[name].pop(0)
             if not torch.isfinite(x).all():
                 raise FloatingPointError(f"the inputs of {name} are not finite in calibration; nothing is changed")
+            if _is_routed(name):
+                y = obs.outputs(layer, teacher.get_submodule(name)(x))
+                chosen = draw(name, y)
+                y, weight = y[chosen], None
+            else:
+                chosen, y, weight = targets[name].pop(0)
             found[name].add(obs.tokens(layer, x, chosen), y, weight)
 
         _watch(teacher, package, call, keep, stop)
         _watch(student, package, call, add, stop)
     return found
+
+
+def _is_routed(name: str) -> bool:
+    """Whether a layer is one of several experts, to which a router gives tokens: others in the pruned model.
+
+    Such a layer is fitted to what the dense layer makes of the pruned model's tokens.
+    """
+    return "expert" in name
 
 
 # --- one layer ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,12 @@ from .checkpoint import TrainConfig
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the model: its arguments, and the timestep [B] of every row."""
+    """One call of the model: its arguments, how many rows it has, and their timesteps [B], None if the class has other ones."""
 
     args: tuple
     kwargs: Inputs
-    timestep: torch.Tensor
+    rows: int
+    timestep: torch.Tensor | None
 
 
 def calls_of(model, teacher, data, n, batch_size, seed, scheduler, sampling) -> list[Call]:
@@ -71,9 +73,9 @@ def _sample(model, n: int, batch_size: int, seed: int, *, steps: int = 20, **opt
 
 
 def _rows(inputs: Inputs) -> int | None:
-    """How many rows the first tensor in `inputs` has."""
+    """How many rows the first tensor in `inputs` has, numbers apart."""
     rows = []
-    each(lambda x: rows.append(len(x)), inputs)
+    each(lambda x: rows.extend(x.shape[:1]), inputs)
     return next(iter(rows), None)
 
 
@@ -81,6 +83,12 @@ def by_name(model: nn.Module, call: Call) -> dict[str, Any]:
     """All arguments of a call as keyword arguments."""
     named = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
     return {name: value for name, value in named.items() if name != "kwargs"} | named.get("kwargs", {})
+
+
+def _timesteps(args: tuple, kwargs: Inputs, rows: int) -> torch.Tensor | None:
+    """The timestep [B] of each row, or None where the class names or shapes it in another way (one for each frame or token)."""
+    t = torch.as_tensor(kwargs.get("timestep", args[1] if len(args) > 1 else math.nan))
+    return t.double().cpu().expand(rows) if t.shape in ((), (1,), (rows,)) and not t.isnan().any() else None
 
 
 class Enough(Exception):
@@ -93,8 +101,8 @@ def _recorded(model: nn.Module, run: Callable[[], Any], compute: bool = True) ->
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         args, kwargs = tuple(each(_full, x) for x in args), each(_full, kwargs)
-        t = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
-        calls.append(Call(args, kwargs, t.double().cpu().expand(_rows({"picture": args[0] if args else None, **kwargs}))))
+        rows = _rows({"picture": args[0] if args else None, **kwargs})
+        calls.append(Call(args, kwargs, rows, _timesteps(args, kwargs, rows)))
         if not compute:
             raise Enough
 

@@ -1,6 +1,9 @@
 """Compile the C++ kernels with the system's compiler on first use, and keep the result in the user's cache folder.
 
 A library is loaded only if it is whole, and if nobody but its user could have written it.
+
+`python -m sparsedm.packing.kernels.build FOLDER` compiles libraries for machines without a compiler, whose environment names the
+folder in SPARSEDM_KERNELS.
 """
 
 import ctypes
@@ -11,6 +14,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 import warnings
@@ -23,6 +27,11 @@ _HEADER = Path(__file__).with_name("common.h")
 # torch has loaded its OpenMP runtime under the same name, so -fopenmp links to that one and torch.set_num_threads holds.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
 DISABLE = "SPARSEDM_NO_KERNELS"
+PREBUILT = "SPARSEDM_KERNELS"  # the folder of `prebuild`
+LEVELS = {  # of x86-64, best first, and what tells them apart in /proc/cpuinfo
+    "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "bmi2"},
+    "x86-64-v3": {"avx2", "fma", "bmi2", "f16c", "movbe"},
+}
 EXTRA_FLAGS = "SPARSEDM_KERNEL_FLAGS"  # more compiler flags, as for a sanitizer
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _CHECKSUM = hashlib.sha256().digest_size
@@ -50,17 +59,40 @@ def _load_once() -> tuple[ctypes.CDLL | None, str]:
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get(DISABLE):
         return None, f"{DISABLE} is set"
-    command = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    compiler = shlex.split(command or "")  # CXX may have arguments: "ccache g++"
     try:
-        if not compiler:
-            raise OSError("no C++ compiler found (g++ or clang++)")
-        return _declared(ctypes.CDLL(str(_compiled(compiler)))), ""
+        return _declared(ctypes.CDLL(str(_prebuilt() or _compiled(_compiler())))), ""
     except (OSError, subprocess.CalledProcessError) as error:
         detail = (error.stderr or "").strip().splitlines()[:1] if isinstance(error, subprocess.CalledProcessError) else [error]
         reason = str(detail[0] if detail else error)
         warnings.warn(f"sparse CPU kernels are off, sparse layers run dense: {reason}", stacklevel=4)
         return None, reason
+
+
+def _compiler() -> list[str]:
+    command = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if not command:
+        raise OSError("no C++ compiler found (g++ or clang++)")
+    return shlex.split(command)  # CXX may have arguments: "ccache g++"
+
+
+def prebuild(folder: Path) -> None:
+    """Compile a library for each of `LEVELS` into a folder, for machines whose environment names it in SPARSEDM_KERNELS."""
+    folder.mkdir(0o755, parents=True, exist_ok=True)
+    flags = [flag for flag in FLAGS if not flag.startswith("-march")]
+    for level in LEVELS:
+        _build([*_compiler(), *flags, f"-march={level}"], folder / f"nm-{level}.so")
+
+
+def _prebuilt() -> Path | None:
+    """The best library of `prebuild` for this CPU, or None."""
+    folder = os.environ.get(PREBUILT)
+    libraries = (Path(folder, f"nm-{level}.so") for level, needed in LEVELS.items() if folder and needed <= _features())
+    return next(filter(_whole, libraries), None)
+
+
+def _features() -> set[str]:
+    """What the CPU can, as Linux names it."""
+    return set(next((line for line in _cpu().splitlines() if line.startswith("flags")), "").split())
 
 
 def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
@@ -87,12 +119,17 @@ def _compiled(compiler: list[str]) -> Path:
     key = "\0".join([*(source.read_text() for source in (*SOURCES, _HEADER)), version, *flags, _cpu()])
     path = cache_folder() / f"nm-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not (_closed(path.parent) and _whole(path)):
-        with replacing(path) as temporary:
-            _compile([*compiler, *flags], temporary)
-            library = temporary.read_bytes()
-            temporary.write_bytes(library + _checksum(library))  # loaders do not mind what follows a library
-            temporary.chmod(0o755)
+        _build([*compiler, *flags], path)
     return path
+
+
+def _build(command: list[str], path: Path) -> None:
+    """Compile a library, and write it with its checksum."""
+    with replacing(path) as temporary:
+        _compile(command, temporary)
+        library = temporary.read_bytes()
+        temporary.write_bytes(library + _checksum(library))  # loaders do not mind what follows a library
+        temporary.chmod(0o755)
 
 
 def _compile(command: list[str], library: Path) -> None:
@@ -143,3 +180,7 @@ def _cpu() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     chosen = [line for line in lines if line.startswith(("model name", "flags", "Features"))][:2]
     return "\n".join([platform.machine(), platform.processor(), *chosen])
+
+
+if __name__ == "__main__":
+    prebuild(Path(sys.argv[1]))
