@@ -1,4 +1,7 @@
-"""Tests and notebooks run side by side (pytest-xdist); those marked `alone` run by themselves, since they measure time."""
+"""Tests and notebooks run side by side (pytest-xdist): a file in one worker, long ones first, so that none is left at the end.
+
+Tests marked `alone` run by themselves, since they measure time; they come last, when nobody has to wait for them.
+"""
 
 import contextlib
 import fcntl
@@ -13,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread 
     os.environ["OMP_NUM_THREADS"] = "1"
 
 ALONE_NOTEBOOKS = ("01_nm_masks.ipynb", "08_speed.ipynb")
+LONG = ("test_kernels.py", "test_export.py", "test_recipes.py", "test_denoisers.py", "test_distill.py", "test_browser.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,12 +27,27 @@ def pytest_report_header() -> str:
     return "about twenty minutes on two cores, notebooks included; -n 0 runs one test at a time"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks first, then long files, then the rest, and last the files with a test that runs alone."""
+    late = {item.path for item in items if _alone(item)}
+
+    def turn(item: pytest.Item) -> int:
+        if item.path in late:
+            return 3
+        return 0 if item.path.suffix == ".ipynb" else 1 if item.path.name in LONG else 2
+
+    items.sort(key=turn)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     run = getattr(item.config, "workerinput", {}).get("testrunuid")
-    alone = item.get_closest_marker("alone") is not None or item.path.name in ALONE_NOTEBOOKS
-    with _turn(run, alone) if run else contextlib.nullcontext():
+    with _turn(run, _alone(item)) if run else contextlib.nullcontext():
         return (yield)
+
+
+def _alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None or item.path.name in ALONE_NOTEBOOKS
 
 
 @contextlib.contextmanager

@@ -72,3 +72,8 @@ def succeed(count: int, told: Path, *arguments) -> None:
     """As `run`, for what must not fail."""
     for code, printed in run(count, told, *arguments):
         assert code == 0, printed
+
+
+def execute(told: Path, code: str, **names) -> tuple[int, str]:
+    """Run Python code in a process that has imported the package and done nothing; its exit code and what it printed."""
+    return ended(start(1, told, exec, code, names), told)[0]

@@ -15,12 +15,8 @@ import pytest
 from PIL import Image
 
 import app
-<<<<<<< HEAD
-from sparsedm.demo import models, page, tune, visitors
-=======
 import sparsedm
-from sparsedm.demo import page, serving, tune, visitors
->>>>>>> classes
+from sparsedm.demo import models, page, serving, tune, visitors
 
 ORDER = dict(text="A7", left="glyphs-unet", right="glyphs-unet-2x4", seed=0, steps=3, sampler="ddim", guidance=0, kind="word")
 TRAINING = ("glyphs-unet", "2:4", 0, 0.1, 400, "A")

@@ -2,10 +2,9 @@
 
 import copy
 import os
-import subprocess
-import sys
 
 import pytest
+import ranks
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -294,12 +293,14 @@ def test_auto_leaves_layers_plain_whose_weight_is_only_read(monkeypatch):
 
 
 _WITHOUT = """
-import pwd, sys, torch, sparsedm
+import os, pwd, sparsedm
 def nobody(_):
     raise KeyError("uid not found")
 pwd.getpwuid = nobody
+os.environ.clear()
+os.environ.update(environment)
 model = sparsedm.pack(sparsedm.load("glyphs-uvit-2x4"))
-print(sum(sys.argv[1] in row.note for row in sparsedm.report(model).rows))
+print(sum(reason in row.note for row in sparsedm.report(model).rows), "layers")
 """
 
 
@@ -313,7 +314,6 @@ print(sum(sys.argv[1] in row.note for row in sparsedm.report(model).rows))
 )
 def test_without_kernels_layers_stay_plain_with_one_warning(tmp_path, reason, environment):
     environment = {key: value.format(tmp_path) for key, value in environment.items()}
-    done = subprocess.run([sys.executable, "-c", _WITHOUT, reason], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "31"
-    assert done.stderr.count(f"sparse CPU kernels are off, sparse layers run dense: {reason}") == 1
+    code, printed = ranks.execute(tmp_path / "told", _WITHOUT, reason=reason, environment=environment)
+    assert code == 0 and "31 layers" in printed.splitlines(), printed
+    assert printed.count(f"sparse CPU kernels are off, sparse layers run dense: {reason}") == 1
