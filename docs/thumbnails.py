@@ -1,6 +1,6 @@
 """The README's gallery of the notebooks, made from the rendered pages:
 
-    jupyter nbconvert --config docs/nbconvert.py --execute --to html --output-dir rendered notebooks/*.ipynb
+    python docs/pages.py
     python docs/thumbnails.py
 
 Of each page in rendered/ it takes the first figure of the cell with the tag "thumbnail" (of the whole page, if there is none),

@@ -7,6 +7,7 @@ import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -133,3 +134,27 @@ def test_a_solution_names_its_exercise_and_checks_its_number(name):
     numbers = [re.match(r"# Exercise (\d)\. ", source)[1] for source in solutions]
     assert numbers == sorted(set(numbers) & set(re.findall(r"^(\d)\. ", exercises, re.MULTILINE)))
     assert all("\nassert " in source for source in solutions) and (not numbers or "folded cell" in exercises)
+
+
+@pytest.fixture(scope="module")
+def pages():
+    pytest.importorskip("latex2mathml")
+    return runpy.run_path(str(ROOT / "docs" / "pages.py"))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_page_of_each_notebook_needs_no_network(name, pages):
+    notebook = nbformat.read(NOTEBOOKS[name], 4)
+    html = pages["page"](notebook)
+    assert not re.findall(r'<(?:script|img|iframe)[^>]*src="(?!data:)|<link[^>]*href=|@import|url\((?!["\']?data:)', html)
+    prose = re.sub(r"<(pre|code|style|script|math)\b.*?</\1>", "", html, flags=re.DOTALL)
+    formulas = [cell.source.count("$$") for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert "$" not in prose and html.count('display="block"') == sum(formulas) // 2
+    assert ".ipynb" not in "".join(re.findall(r'href="(\w[^"]*)"', html))
+
+
+def test_figures_of_a_page_have_texts(pages):
+    shown = nbformat.v4.new_output("display_data", {"image/png": "AAAA"})
+    words = nbformat.v4.new_markdown_cell("## Masks at work\n\nEach row is *one* output.")
+    html = pages["page"](nbformat.v4.new_notebook(cells=[words, nbformat.v4.new_code_cell("draw()", outputs=[shown])]))
+    assert re.findall(r'<img alt="([^"]*)"', html) == ["Figure in the section Masks at work. Each row is one output."]

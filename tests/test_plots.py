@@ -43,6 +43,14 @@ def test_groups_of_a_convolution_run_along_the_channels_of_each_kernel_position(
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0, 0", "0, 1", "0, 2", "1, 0", "1, 1", "1, 2"]
 
 
+def test_frames_mark_the_entries_whose_mask_has_changed():
+    before = torch.tensor([[4.0, 3, 2, 1, 1, 2, 3, 4]])
+    after = torch.tensor([[4.0, 1, 2, 1, 1, 2, 3, 4]])
+    axes = plots.groups(after, "2:4", before=before).axes[0]
+    assert sorted(round(frame.get_x() + frame.get_width() / 2) for frame in axes.patches) == [1, 2]
+    assert not plots.groups(after, "2:4", before=after).axes[0].patches and "frames" in axes.get_title()
+
+
 def test_groups_wider_than_asked_are_shown_whole():
     axes = plots.groups(torch.randn(8, 64), "16:32", columns=8).axes[0]
     assert axes.images[0].get_array().shape == (8, 32)
@@ -57,6 +65,13 @@ def test_sliders_redraw_and_never_ask_for_more_than_there_is():
     assert (n.value, n.max) == (2, 2) and picture.value != before
     m.value, n.value = 16, 5
     assert (n.value, n.max) == (5, 16)
+
+
+def test_another_group_size_keeps_the_ratio():
+    m, n, *_ = plots.group_explorer(torch.randn(8, 16), "2:4").children
+    for size, kept in ((8, 4), (16, 8), (2, 1), (4, 2)):
+        m.value = size
+        assert (n.value, n.max) == (kept, size)
 
 
 def test_the_sliders_bring_a_still_picture_for_pages_that_do_not_run_them():

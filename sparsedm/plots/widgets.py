@@ -51,7 +51,7 @@ def explorer(draw: Callable[..., Any], **controls):
 
 
 def group_explorer(weight: torch.Tensor, pattern: nm.NMPattern | str = "2:4"):
-    """An `explorer` of `groups`, over N and M."""
+    """An `explorer` of `groups`, over N and M; N follows M, so that the ratio stays."""
     pattern = nm.NMPattern.parse(pattern)
     box = explorer(
         lambda M=pattern.m, N=pattern.n: groups(weight, nm.NMPattern(min(N, M), M)),
@@ -60,7 +60,12 @@ def group_explorer(weight: torch.Tensor, pattern: nm.NMPattern | str = "2:4"):
     )
     if children := getattr(box, "children", ()):
         larger, kept, *_ = children
-        larger.observe(lambda change: setattr(kept, "max", change.new), "value")
+
+        def keep_ratio(change: Any) -> None:
+            with kept.hold_trait_notifications():
+                kept.max, kept.value = change.new, max(1, round(kept.value * change.new / change.old))
+
+        larger.observe(keep_ratio, "value")
     return box
 
 
