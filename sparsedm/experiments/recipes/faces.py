@@ -21,7 +21,7 @@ _UNET = {
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"), "mid_block_type": "UNetMidBlock2DCrossAttn",
     "cross_attention_dim": DIM, "attention_head_dim": 4, "norm_num_groups": 8,
 }  # fmt: skip
-_PROTOCOL = Protocol(n=5_000, steps=20)
+_PROTOCOL = Protocol(n=2_500, steps=20)  # ten minutes of one core
 _GENTLE = {"lr": 3e-4}
 _CALIBRATE = {"n": 1024}
 _TEACHER_ONLY = {"noise_weight": 0.0, "teacher_weight": 1.0}
