@@ -29,6 +29,7 @@ def test_results_tables_are_the_stored_ones():
     assert section("summary") == results.summary_table()
     assert section("results", COMPARISON) == results.headline_table()
     assert section("one-shot", COMPARISON) == results.one_shot_table()
+    assert section("faces", COMPARISON) == results.faces_table()
 
 
 def test_verdicts_are_those_of_the_stored_results():
