@@ -271,3 +271,12 @@ def test_the_bundled_classifier_reads_every_attribute_of_real_faces():
     assert metrics.attribute_accuracy(images.roll(1, 0), shown) < 0.5
     stored = json.loads((results.RESULTS / "face-classifier.json").read_text())
     assert min(stored["accuracies"].values()) > 0.97
+
+
+@pytest.mark.parametrize("text", ["", "mohawk", "cap", "wink", "red hair", "bald, smile", "blue shirt, on pink"])
+def test_a_description_is_completed_with_what_goes_together(text):
+    named, rng = prompts.parse(text), np.random.default_rng(0)
+    made = [faces.completed(named, rng) for _ in range(40)]
+    assert all(named.items() <= face.items() for face in made) and len({face["skin"] for face in made}) == 5
+    for face in made:
+        assert prompts.parse(prompts.describe(face)).items() <= face.items()  # nothing contradicts

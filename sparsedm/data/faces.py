@@ -116,6 +116,15 @@ def _draw_attributes(rng: np.random.Generator) -> dict[str, int]:
     return face
 
 
+def completed(named: Mapping[str, int], rng: np.random.Generator) -> dict[str, int]:
+    """The attributes in `named`, whose values go together, and for every other one a value that is drawn as those of pictures."""
+    while True:
+        face = visible({**_draw_attributes(rng), **named})
+        words = {ATTRIBUTES[name][value] for name, value in face.items()}
+        if named.keys() <= face.keys() and not any(set(pair) <= words for pair in CONFLICTS):
+            return face
+
+
 def _draw_named(face: Mapping[str, int], rng: np.random.Generator) -> dict[str, int]:
     share, chances = rng.uniform(0, 1), rng.uniform(0, 1, TOKENS)
     full = rng.uniform() < _FULL

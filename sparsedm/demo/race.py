@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .. import data, diffusion
@@ -91,7 +92,7 @@ def check(catalogue: Catalogue, text, left, right, seed, steps, sampler, guidanc
     checks.within("guidance", guidance, 0, MAX_GUIDANCE)
     pair = catalogue.load(left), catalogue.load(right)
     _check_alike(*pair)
-    return Order(*pair, _asked(kind, text, pair[0]), int(seed), int(steps), sampler, float(guidance))
+    return Order(*pair, _asked(kind, text, pair[0], int(seed)), int(seed), int(steps), sampler, float(guidance))
 
 
 def _check_alike(left: Variant, right: Variant) -> None:
@@ -100,9 +101,9 @@ def _check_alike(left: Variant, right: Variant) -> None:
         raise ValueError(f"the two models draw different things, {kinds}: choose two of one kind")
 
 
-def _asked(kind: str, text: str, variant: Variant) -> Asked:
+def _asked(kind: str, text: str, variant: Variant, seed: int) -> Asked:
     if variant.draws_faces and kind != "classes":
-        return _faces(text if kind == "word" else "", variant)
+        return _faces(text if kind == "word" else "", variant, seed)
     if kind == "anything":
         return Asked(FREE)
     if kind == "word":
@@ -117,11 +118,12 @@ def _asked(kind: str, text: str, variant: Variant) -> Asked:
     return Asked(len(labels), labels, judge=judge, expected=labels if judge else None)
 
 
-def _faces(text: str, variant: Variant) -> Asked:
-    face = prompts.parse(text)
-    given, nothing = (drawing.conditions(variant.model, FACES, words) for words in (text, ""))
-    readable = {"judge": judges.FACES, "expected": faces.row(face).expand(FACES, -1)} if face else {}
-    return Asked(FACES, conditioning=given, negative=nothing, **readable)
+def _faces(text: str, variant: Variant, seed: int) -> Asked:
+    """Faces with what the text names, each with other values for what the text leaves open."""
+    named, rng = prompts.parse(text), np.random.default_rng(seed)
+    given = torch.stack([faces.tokens(faces.completed(named, rng)) for _ in range(FACES)])
+    readable = {"judge": judges.FACES, "expected": faces.row(named).expand(FACES, -1)} if named else {}
+    return Asked(FACES, conditioning={faces.TEXT: given}, negative=drawing.conditions(variant.model, FACES), **readable)
 
 
 def _word_labels(word: str) -> torch.Tensor:
