@@ -22,7 +22,8 @@ from sparsedm.pruning import diffpruning
 from sparsedm.training import runlog
 
 PAPER = {name: found for name, found in recipes.RECIPES.items() if found.suite == "paper"}
-TRIAL = {"steps": 4, "batch_size": 2, "checkpoint_every": 1, "mixed_precision": "no", "warmup": 1}
+# The rate is large enough for biases that float16 can hold.
+TRIAL = {"lr": 1e-3, "steps": 4, "batch_size": 2, "checkpoint_every": 1, "mixed_precision": "no", "warmup": 1}
 
 
 def narrow(found: recipes.Recipe) -> recipes.Recipe:
