@@ -49,7 +49,7 @@ def all_threads(device: str | torch.device = "cpu") -> tuple[int, ...]:
 def measure_layers(
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     threads: Sequence[int] = (),
-    rounds: int = 21,
+    rounds: int = 61,
     shapes: Sequence[tuple[int, ...]] = LINEAR + CONVOLUTION,
     tokens: int = TOKENS,
     device: str | torch.device = "cpu",
