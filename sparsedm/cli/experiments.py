@@ -78,9 +78,7 @@ def compare(
     from .common import outcome
 
     tables = {"summary": results.summary_table, "headline": results.headline_table, "one-shot": results.one_shot_table}
-    tables |= {"claims": claims.table}
-    if results.load("faces"):
-        tables["faces"] = results.faces_table
+    tables |= {"claims": claims.table, "faces": results.faces_table}
     tables |= {base: functools.partial(results.short_table, base) for base in results.bases()}
     tables |= {base: functools.partial(results.paper_table, base) for base in results.paper_bases()}
     if what not in ("all", *tables):

@@ -33,13 +33,11 @@ def measure(
     Raises:
         ValueError: an unknown name.
     """
-    for name in names:
-        if name not in large.LARGE:
-            raise ValueError(f"unknown large model {name!r}; known: {', '.join(large.LARGE)}")
-    for name, dtype, count in itertools.product(names, dtypes, threads or all_threads()[-1:]):
+    models = [large.known(name) for name in names]
+    for model, dtype, count in itertools.product(models, dtypes, threads or all_threads()[-1:]):
         with with_threads(count), torch.no_grad():
-            row = _row(large.build(name, getattr(torch, dtype)), rounds)
-        yield {"what": large.LARGE[name].title, "dtype": dtype, "threads": count, **row}
+            row = _row(large.build(model, getattr(torch, dtype)), rounds)
+        yield {"what": model.title, "dtype": dtype, "threads": count, **row}
 
 
 def _row(dense: nn.Module, rounds: int) -> dict:

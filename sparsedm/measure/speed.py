@@ -33,9 +33,9 @@ TOKENS, IMAGES = 1028, 4
 def machine(device: str | torch.device = "cpu") -> dict:
     """The processor, the threads and the version of torch, on which times depend."""
     gpu = {"gpu": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {}
-    facts = torch.cpu.get_capabilities()
+    facts = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions; other processors have other keys
     return {
-        "machine": platform.machine(), "processor": facts["cpu_name"], "cpu": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(), "processor": facts.get("cpu_name", ""), "cpu": torch.backends.cpu.get_cpu_capability(),
         "amx": facts.get("amx_tile", False), "torch": torch.__version__, "threads": torch.get_num_threads(), **gpu,
     }  # fmt: skip
 

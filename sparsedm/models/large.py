@@ -58,13 +58,18 @@ LARGE = {
 }
 
 
-def build(name: str, dtype: torch.dtype) -> ModelMixin:
-    """A large model with random weights in `dtype`. Raises ValueError for a name that is not in `LARGE`."""
+def known(name: str) -> LargeModel:
+    """The model called `name`. Raises ValueError for a name that is not in `LARGE`."""
     if name not in LARGE:
         raise ValueError(f"unknown large model {name!r}; known: {', '.join(LARGE)}")
+    return LARGE[name]
+
+
+def build(model: LargeModel, dtype: torch.dtype) -> ModelMixin:
+    """The model with random weights in `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return LARGE[name].cls(**LARGE[name].config).eval()
+        return model.cls(**model.config).eval()
     finally:
         torch.set_default_dtype(before)
