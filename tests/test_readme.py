@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 import sparsedm
-from sparsedm.experiments import claims, results
+from sparsedm.experiments import claims, results, rivals
 from sparsedm.masking import layers
 from sparsedm.measure import large, shares, speed, training_cost
 
@@ -30,6 +30,7 @@ def test_results_tables_are_the_stored_ones():
     assert section("results", COMPARISON) == results.headline_table()
     assert section("one-shot", COMPARISON) == results.one_shot_table()
     assert section("faces", COMPARISON) == results.faces_table()
+    assert section("rivals", COMPARISON) == rivals.table()
 
 
 def test_verdicts_are_those_of_the_stored_results():

@@ -296,7 +296,7 @@ def test_runs_of_the_papers_size_have_tables(store):
 
 
 def test_unknown_suites_are_refused():
-    with pytest.raises(ValueError, match="unknown suite 'long'; known: headline, short, one-shot, faces, paper"):
+    with pytest.raises(ValueError, match="unknown suite 'long'; known: headline, short, one-shot, rivals, faces, paper"):
         results.load("long")
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Batch, Data, Device, Guidance, Json, Model, Sampler, SampleSteps, Seed, Vae, free, settings
+from .options import Batch, CacheInterval, Data, Device, Guidance, Json, Model, Sampler, SampleSteps, Seed, Vae, free, settings
 
 
 def info(
@@ -52,6 +52,7 @@ def generate(
     sampler: Sampler = "ddim",
     steps: SampleSteps = 50,
     guidance: Guidance = 0.0,
+    cache_interval: CacheInterval = 1,
     batch_size: Batch = 16,
     pack: Annotated[bool, typer.Option(help="Run N:M layers on their kernels.")] = True,
     vae: Vae = "",
@@ -73,7 +74,8 @@ def generate(
     loaded = folders.load(model).to(on(device))
     decoder = latents.autoencoder(vae).to(loaded.device) if vae else None
     labels = drawing.labels(loaded, n, word, label)
-    n, options = n if labels is None else len(labels), {"sampler": sampler, "steps": steps, "guidance": guidance}
+    n = n if labels is None else len(labels)
+    options = {"sampler": sampler, "steps": steps, "guidance": guidance, "cache_interval": cache_interval}
     conditions, nothing = drawing.conditions(loaded, n, prompt), drawing.conditions(loaded, n)
     diffusion.prepare(
         loaded, class_labels=labels, conditioning=conditions, negative=nothing, **options
@@ -97,6 +99,7 @@ def evaluate(
     sampler: Sampler = "ddim",
     steps: SampleSteps = 50,
     guidance: Guidance = 0.0,
+    cache_interval: CacheInterval = 1,
     batch_size: Batch = 250,
     precision: Annotated[str, typer.Option(help="bf16 (autocast) or fp32.")] = "fp32",
     base: Annotated[str, typer.Option(help="A model to compare with, picture by picture, from the same noise (SSIM).")] = "",
@@ -115,7 +118,7 @@ def evaluate(
     from ..support import files, processes
     from .common import on, outcome, show
 
-    protocol, others = Protocol(n, sampler, steps, guidance, seed, batch_size, precision), None
+    protocol, others = Protocol(n, sampler, steps, guidance, seed, batch_size, precision, cache_interval), None
     loaded = folders.load(model).to(on(device))
     decoder = latents.autoencoder(vae).to(loaded.device) if vae else None
     evaluation.check(n, data, inception, reference)

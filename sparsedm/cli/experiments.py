@@ -65,7 +65,7 @@ def reproduce(
 
 def compare(
     what: Annotated[
-        str, typer.Option(help="summary, headline, one-shot, claims, a teacher's name (its students), or all.")
+        str, typer.Option(help="summary, headline, one-shot, rivals, claims, a teacher's name (its students), or all.")
     ] = "all",
     figures: Annotated[Path | None, typer.Option(help="Also draw the figures into this folder.")] = None,
     runs: Annotated[
@@ -74,11 +74,11 @@ def compare(
     json: Json = False,
 ) -> None:
     """Print the stored results as tables and draw them. Example: python -m sparsedm compare --figures figures"""
-    from ..experiments import claims, results
+    from ..experiments import claims, results, rivals
     from .common import outcome
 
     tables = {"summary": results.summary_table, "headline": results.headline_table, "one-shot": results.one_shot_table}
-    tables |= {"claims": claims.table, "faces": results.faces_table}
+    tables |= {"rivals": rivals.table, "claims": claims.table, "faces": results.faces_table}
     tables |= {base: functools.partial(results.short_table, base) for base in results.bases()}
     tables |= {base: functools.partial(results.paper_table, base) for base in results.paper_bases()}
     if what not in ("all", *tables):
@@ -102,7 +102,7 @@ def _runs(table: str) -> list[dict]:
     from ..experiments import results
 
     suite = "short" if table in results.bases() else "paper"
-    whole = {"summary": "headline", "headline": "headline", "one-shot": "one-shot", "faces": "faces"}
+    whole = {"summary": "headline", "headline": "headline", "one-shot": "one-shot", "rivals": "rivals", "faces": "faces"}
     rows = results.load(whole[table]) if table in whole else results.load(suite, table)
     return [run for row in rows for run in row.runs]
 
@@ -123,7 +123,8 @@ def bench(
         str,
         typer.Option(
             help="step (a sampling step, dense against packed), layers (single ones), methods (models made by recipes, against"
-            " their teacher), shares (where a packed step's time goes), large (models of real sizes), or train-step."
+            " their teacher), rivals (with DeepCache), shares (where a packed step's time goes), large (models of real sizes), or"
+            " train-step."
         ),
     ] = "step",
     models: Annotated[

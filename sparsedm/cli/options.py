@@ -31,6 +31,9 @@ Sampler = Annotated[str, typer.Option(help="ddim, ddpm or dpm++.")]
 SampleSteps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")]
 Guidance = Annotated[float, typer.Option(min=0, max=1000, help="Classifier-free guidance; 0 is none.")]
+CacheInterval = Annotated[
+    int, typer.Option(min=1, help="A UNet computes its deep blocks at the first of so many steps (DeepCache); 1: at all.")
+]
 Pattern = Annotated[str, typer.Option(help="N:M, such as 2:4.")]
 Globs = Annotated[list[str] | None, typer.Option(help="Layers to leave dense, such as 'mid_block.*'; may be repeated.")]
 

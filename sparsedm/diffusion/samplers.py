@@ -1,6 +1,7 @@
 """Sampling, step by step, with diffusers' schedulers."""
 
 import inspect
+import itertools
 import math
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from torch import nn
 from ..models import denoisers
 from ..models.denoisers import Inputs, each, null_label
 from ..support import seeds
+from . import deepcache
 from .schedules import check_betas, make_scheduler, predict_x0
 
 PIPELINE = "sample it with its diffusers pipeline"
@@ -69,6 +71,7 @@ def sample(
     conditioning: Inputs | None = None,
     negative: Inputs | None = None,
     guidance: float = 0.0,
+    cache_interval: int = 1,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Iterator[SampleState]:
     """Denoise `noise` [B, C, H, W], yielding a `SampleState` after every step; the last one holds the pictures.
@@ -82,14 +85,15 @@ def sample(
         conditioning: the model's other arguments, such as {"encoder_hidden_states": [B, tokens, dim]}.
         negative: the arguments of the uncond half of guidance (the empty text) that differ from `conditioning`.
         guidance: classifier-free guidance g in cond + g * (cond - uncond); 0 does no second evaluation.
+        cache_interval: a UNet computes its deep blocks at the first of so many steps (`deepcache`); 1 is at all steps.
         generator: for samplers that add noise (ddpm): one, or one per picture (`step_generators`).
 
     Raises:
         ValueError: a model that this package cannot call (`denoisers.FAMILIES`), one that predicts a flow or takes text and gets
             no `conditioning`, a scheduler that is not for models like this, guidance for a model without classes or out of range,
-            a class that the model does not have, or steps out of range.
+            a class that the model does not have, steps out of range, or a cache for a model that is no UNet.
     """
-    scheduler = prepare(model, sampler, steps, class_labels, conditioning, negative, guidance)
+    scheduler = prepare(model, sampler, steps, class_labels, conditioning, negative, guidance, cache_interval)
     parameter = next(model.parameters())
     x = noise.to(parameter.device, parameter.dtype) * scheduler.init_noise_sigma
     guided = guidance != 0 and (class_labels is not None or negative is not None)
@@ -97,10 +101,11 @@ def sample(
     arguments = _joined(given, without) if guided else given
     takes_generator = generator is not None and "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if takes_generator else {}
+    called = itertools.cycle(deepcache.in_turn(model, cache_interval))
     for step, t in enumerate(scheduler.timesteps, 1):
         model_input = scheduler.scale_model_input(x, t)
         with torch.no_grad():
-            seconds, output = _timed_call(model, torch.cat([model_input] * 2) if guided else model_input, t, arguments)
+            seconds, output = _timed_call(next(called), torch.cat([model_input] * 2) if guided else model_input, t, arguments)
             if guided:
                 cond, uncond = output.chunk(2)
                 output = cond + guidance * (cond - uncond)
@@ -118,12 +123,14 @@ def prepare(
     conditioning: Inputs | None = None,
     negative: Inputs | None = None,
     guidance: float = 0.0,
+    cache_interval: int = 1,
 ) -> SchedulerMixin:
     """The scheduler, at its first step, with which `sample` takes these arguments. Raises ValueError as `sample`."""
     denoisers.refuse_unknown(model, PIPELINE)
     if denoisers.of(model).flow:
         raise ValueError(f"{type(model).__name__} predicts a flow; {PIPELINE}")
     denoisers.require(model, ("class_labels", *(conditioning or {})), "pass it in conditioning={...}")
+    deepcache.in_turn(model, cache_interval)
     scheduler = make_scheduler(sampler, model) if isinstance(sampler, str) else sampler
     _set_timesteps(scheduler, steps)
     if not 0 <= guidance < math.inf:

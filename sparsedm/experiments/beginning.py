@@ -16,7 +16,7 @@ from ..pruning import diffpruning, structure
 from ..support import processes, tensorfiles
 from ..support.files import replacing
 from ..training.calibrate import calibrate
-from .plan import base_of
+from .plan import base_of, model_of
 from .recipes import Recipe
 
 IMPORTANCE_PICTURES = 128  # as many as the Diff-Pruning code takes of CIFAR-10
@@ -32,6 +32,8 @@ def start(chosen: Recipe, out: Path, seed: int) -> Iterator[Progress]:
         if chosen.context_tokens:
             model.register_to_config(context_tokens=chosen.context_tokens)
         return model, None
+    if chosen.draws:
+        return load(model_of(chosen.draws, out)[0]), None
     source, _ = base_of(chosen, out)
     model, teacher = load(source), load(source)
     if chosen.prune:

@@ -67,6 +67,10 @@ def _methods(o: Options) -> Iterator[dict]:
     return timing.measure_methods(o.runs, names, dtypes=o.dtypes, threads=o.threads, device=o.device)
 
 
+def _rivals(o: Options) -> Iterator[dict]:
+    return timing.measure_rivals(o.models or LETTERS, dtypes=o.dtypes, threads=o.threads)
+
+
 def _shares(o: Options) -> Iterator[dict]:
     return shares.measure(o.models or LETTERS, dtypes=o.dtypes, threads=o.threads)
 
@@ -79,6 +83,7 @@ BENCHMARKS = {
     "step": Benchmark(_steps, speed.line, anywhere=True, drawn=True),
     "layers": Benchmark(_layers, speed.line, anywhere=True, drawn=True),
     "methods": Benchmark(_methods, speed.line, anywhere=True, drawn=True),
+    "rivals": Benchmark(_rivals, speed.line),
     "shares": Benchmark(_shares, shares.line),
     "large": Benchmark(_large, large.line),
     "train-step": Benchmark(lambda options: training_cost.train_step()),

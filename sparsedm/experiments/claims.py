@@ -14,7 +14,7 @@ from ..masking.plain import weight_layers
 from ..measure import macs
 from ..models.uvit import UViTModel
 from ..support import markdown
-from . import results
+from . import results, rivals
 from .recipes import RECIPES, Recipe
 from .results import Row
 from .significance import TOLERANCE, Chance, MissingEvidence, Score, between, chance, told_apart
@@ -46,7 +46,8 @@ class Evidence:
 
     def __init__(self, base: str):
         self.base = base
-        self._rows = {(row.recipe.suite, row.recipe.role): row for suite in results.SUITES for row in results.load(suite, base)}
+        suites = (*results.SUITES, "rivals")
+        self._rows = {(row.recipe.suite, row.recipe.role): row for suite in suites for row in results.load(suite, base)}
 
     def short(self, role: str) -> Row:
         """The row of the short suite. Raises MissingEvidence if the recipe was not run."""
@@ -59,6 +60,10 @@ class Evidence:
     def one_shot(self, role: str) -> Row:
         """The row of the suite without training. Raises MissingEvidence if the recipe was not run."""
         return self._row("one-shot", role)
+
+    def rival(self, role: str) -> Row:
+        """The row of the suite of other ways to save time. Raises MissingEvidence if the recipe was not run."""
+        return self._row("rivals", role)
 
     def _row(self, suite: str, role: str) -> Row:
         if row := self._rows.get((suite, role)):
@@ -173,10 +178,39 @@ def _rival(evidence: Evidence, dense: str, time: float) -> Score | None:
     widths = [(1.0, Score.of(evidence.short(dense)))]
     for key in ("diffpruned-most", "diffpruned", "diffpruned-quarter"):
         widths.append((1 / _timed(evidence.short(key)), Score.of(evidence.short(key))))
-    for (t0, one), (t1, other) in itertools.pairwise(sorted(widths)):
+    return _at(time, widths) or (widths[0][1] if time > 1 else None)
+
+
+def _at(time: float, points: Iterable[tuple[float, Score]]) -> Score | None:
+    """The score at this time, between the nearest of the points (time, score); None outside of them."""
+    for (t0, one), (t1, other) in itertools.pairwise(sorted(points)):
         if t0 <= time <= t1:
             return between(one, other, (time - t0) / (t1 - t0))
-    return widths[0][1] if time > 1 else None
+    return None
+
+
+def _same_time(cached: bool) -> Callable[[Evidence], Verdict]:
+    """The 2:4 student at the usual steps against its teacher, which saves as much time by DeepCache or by fewer steps."""
+
+    def judge(evidence: Evidence) -> Verdict:
+        student, ways = evidence.rival("2x4-50-steps"), [evidence.rival("50-steps")]
+        for row in rivals.rows(evidence.base):
+            if row.recipe.draws == evidence.base and (row.recipe.protocol.cache_interval > 1) == cached:
+                ways.append(row)
+        time = _picture_ms(student)
+        rival = _at(time, {(_picture_ms(row), Score.of(row)) for row in ways})
+        if rival is None:
+            return Verdict(OPEN, f"{student.fd:.2f}, but no such run of the teacher takes {time:.1f} ms a picture")
+        word = _all([evidence.chance.compare(Score.of(student), rival)])
+        return Verdict(word, f"{student.fd:.2f} against {rival.fd:.2f} at {time:.1f} ms a picture")
+
+    return judge
+
+
+def _picture_ms(row: Row) -> float:
+    if (ms := rivals.picture_ms(row)) is None:
+        raise MissingEvidence(f"time of {row.name}")
+    return ms
 
 
 def _timed(row: Row) -> float:
@@ -233,6 +267,8 @@ CLAIMS = (
      _better("diffpruned-2x4", "1x4", "diffpruned-quarter")),
     ("OBS-Diff", "OBS beats Wanda at 2:4, without training", _better("obs", "wanda", rows=Evidence.one_shot)),
     ("OBS-Diff", "... and timestep weights help", _better("weighted", "admm", rows=Evidence.one_shot)),
+    ("rivals", "2:4 beats fewer steps of the teacher at equal measured time", _same_time(cached=False)),
+    ("rivals", "... and DeepCache on the teacher", _same_time(cached=True)),
 )  # fmt: skip
 
 

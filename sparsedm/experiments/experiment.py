@@ -10,7 +10,7 @@ import datetime
 import json
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -106,7 +106,7 @@ def _score(plan: Plan) -> Iterator[Progress]:
         "seed": plan.seed,
         "scores": evaluation.score(images, asked, plan.recipe.data, base_images, plan.inception, plan.reference),
         "curve": curve,
-        "protocol": asdict(plan.protocol),
+        "protocol": plan.protocol.facts(),
         **_facts(plan, model),
         "commit": plan.commit,
         "sources": sources_of(plan),
@@ -194,8 +194,10 @@ def _base_pictures(plan: Plan, options: dict) -> Iterator[Progress] | None:
     if not plan.recipe.base:
         return None
     source, made_here = base_of(plan.recipe, plan.out)
-    folder = plan.out / plan.recipe.base if made_here else plan.folder / "base"
-    return evaluation.sample(load(source), folder, plan.protocol, "sample the base", **options)
+    folder, protocol = plan.out / plan.recipe.base if made_here else plan.folder / "base", plan.protocol
+    if plan.recipe.draws:  # other steps are compared with the usual ones
+        protocol = replace(protocol, steps=Protocol.steps, cache_interval=Protocol.cache_interval)
+    return evaluation.sample(load(source), folder, protocol, "sample the base", **options)
 
 
 def _early_pictures(plan: Plan, options: dict) -> Iterator[Progress]:

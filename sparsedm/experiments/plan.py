@@ -5,7 +5,7 @@ import hashlib
 import json
 import subprocess
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import data
@@ -103,17 +103,22 @@ def code_version() -> str:
 
 
 def base_of(chosen: Recipe, out: Path) -> tuple[str | Path, bool]:
-    """Where the base's model is, and whether this model was made in `out` (else the bundled one counts)."""
-    made_here = out / chosen.base / "model"
+    """As `model_of`, of the recipe's base."""
+    return model_of(chosen.base, out)
+
+
+def model_of(name: str, out: Path) -> tuple[str | Path, bool]:
+    """Where the model of a recipe is, and whether this model was made in `out` (else the bundled one counts)."""
+    made_here = out / name / "model"
     restore(made_here)
     if (made_here / folders.CONFIG).exists():
         return made_here, True
-    if chosen.base not in folders.bundled():
+    if name not in folders.bundled():
         raise ValueError(
-            f"the teacher {chosen.base} is not there; train it with `python -m sparsedm reproduce {chosen.base}`, or put the"
-            f" folder of a trained one at {made_here}"
+            f"the model {name} is not there; train it with `python -m sparsedm reproduce {name}`, or put the folder of a trained"
+            f" one at {made_here}"
         )
-    return chosen.base, False
+    return name, False
 
 
 def sources_of(plan: Plan) -> dict[str, str]:
@@ -144,7 +149,7 @@ def _of_pictures(folder: Path) -> str:
 def finished(path: Path, protocol: Protocol, sources: dict) -> dict | None:
     """The stored results, if this protocol and these sources gave them."""
     results = read_json(path, "remove it, and the model is scored again") if path.exists() else {}
-    if results.get("protocol") != asdict(protocol):
+    if results.get("protocol") != protocol.facts():
         return None
     if "sources" not in results:
         warnings.warn(f"{path} does not say which weights it is about; remove it to score the model again", stacklevel=3)

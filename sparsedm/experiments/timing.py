@@ -1,4 +1,4 @@
-"""The time per sampling step of the models that the recipes made."""
+"""The time per sampling step of the models that the recipes made, and of the teachers' and students' shallow blocks."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -7,9 +7,12 @@ from pathlib import Path
 import torch
 
 from ..checkpoints import folders
-from ..measure.speed import cast, compare, with_threads
+from ..diffusion import deepcache
+from ..measure.speed import cast, compare, pair, randomised, timed, ways, with_threads
+from ..models import dryrun
 from ..packing import packed
 from .recipes import recipe
+from .rivals import SHALLOW
 
 
 def measure_methods(
@@ -40,3 +43,32 @@ def measure_methods(
             step = compare(f"{name}, batch {batch}", {"dense": dense, "packed": fast}, batch, True, rounds)
             torch.compiler.reset()
         yield {"name": name, "dtype": dtype, "threads": count, **step}
+
+
+def measure_rivals(
+    names: Sequence[str], batch: int = 16, dtypes: Sequence[str] = ("float32",), threads: Sequence[int] = (), rounds: int = 15
+) -> Iterator[dict]:
+    """Times of one sampling step of teachers and of their packed 2:4 students, and of UNets without their deep blocks.
+
+    One row a teacher, as from `measure_steps`; the kinds "dense shallow" and "packed shallow" are the calls between two whole
+    ones of DeepCache.
+    """
+    for name, dtype, count in itertools.product(names, dtypes, threads or (torch.get_num_threads(),)):
+        with with_threads(count):
+            models = dict(zip(("dense", "packed"), pair(name, getattr(torch, dtype), batch), strict=True))
+            inputs = randomised(dryrun.example_inputs(models["dense"], batch))
+            models |= _shallow(models, inputs)
+            row = timed(ways(models, inputs, True), lambda model, inputs=inputs: model(**inputs), rounds)
+            torch.compiler.reset()
+        yield {"name": name, "what": f"{name}, batch {batch}", "batch": batch, "dtype": dtype, "threads": count, **row}
+
+
+def _shallow(models: dict[str, torch.nn.Module], inputs: dict) -> dict[str, torch.nn.Module]:
+    """UNets that return what their deep blocks gave for these inputs, by kind; {} for other models."""
+    shallow = {}
+    for kind, model in models.items():
+        if hasattr(model, "down_blocks"):
+            whole, shallow[SHALLOW.format(kind)] = deepcache.in_turn(model, 2)
+            with torch.no_grad():
+                whole(**inputs)
+    return shallow

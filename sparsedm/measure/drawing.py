@@ -89,7 +89,7 @@ def draw(
         conditioning: the model's other arguments [n, ...], such as `conditions` gives them.
         negative: those of the unconditional half of guidance [n, ...].
         vae: the autoencoder that decodes the latents of a latent model.
-        **options: sampler, steps and guidance, as for `diffusion.sample`.
+        **options: sampler, steps, guidance and cache_interval, as for `diffusion.sample`.
 
     Raises:
         ValueError: the model makes latents and there is no `vae`, or as `diffusion.sample`.

@@ -6,7 +6,7 @@ Several processes share the pictures, batch by batch; the pictures are the same 
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -62,7 +62,7 @@ def sample(
     """
     path, texts, settings, parts = samples_file(folder, protocol), _texts(model, dataset, protocol.n), {}, []
     if processes.is_main():
-        settings = {k: str(v) for k, v in asdict(protocol).items() if k != "n"} | _origin(model, vae, texts)
+        settings = {k: str(v) for k, v in protocol.facts().items() if k != "n"} | _origin(model, vae, texts)
         parts = _saved(path, settings)
     return _sample(model, path, protocol, stage, texts, vae, settings, parts)
 
@@ -95,6 +95,7 @@ def _draw(model: nn.Module, protocol: Protocol, start: int, end: int, asked: dic
     """The pictures from number `start` to `end`: the noise of each depends on the protocol's seed and its number alone."""
     noise = diffusion.start_noise(model, end - start, protocol.seed, start)
     options = {"sampler": protocol.sampler, "steps": protocol.steps, "guidance": protocol.guidance, **asked}
+    options["cache_interval"] = protocol.cache_interval
     options["generator"] = diffusion.step_generators(end - start, protocol.seed, start)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=protocol.precision == "bf16"):
         return diffusion.generate(model, noise, **options)
@@ -137,7 +138,8 @@ def _asked(model: nn.Module, n: int, texts: data.Latents | data.Faces | None) ->
 
 def samples_file(folder: Path, protocol: Protocol) -> Path:
     """Where `sample` keeps the pictures."""
-    return folder / f"samples-{protocol.sampler}{protocol.steps}-{protocol.seed}.safetensors"
+    cached = f"-cache{protocol.cache_interval}" if protocol.cache_interval > 1 else ""
+    return folder / f"samples-{protocol.sampler}{protocol.steps}{cached}-{protocol.seed}.safetensors"
 
 
 def sampled(folder: Path, protocol: Protocol, n: int) -> torch.Tensor:

@@ -127,6 +127,14 @@ def compare(what: str, models: Mapping[str, nn.Module], batch: int, compiled: bo
     """Times of one call of the models "dense", "packed" and perhaps "pruned", called `what`, as a row."""
     dense, fast = models["dense"], models["packed"]
     inputs = randomised(dryrun.example_inputs(dense, batch))
+    variants = ways(models, inputs, compiled)
+    row = timed(variants, lambda model: model(**inputs), rounds)
+    skipped = 1 - macs.count(fast).executed / macs.count(dense).dense
+    return {"what": what, **row, "macs_skipped": skipped, "weight_bytes": sizes.memory(fast) / sizes.memory(dense)}
+
+
+def ways(models: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor], compiled: bool) -> dict[str, nn.Module]:
+    """Every model, called by its kind in `models`, in all ways in which it may run fastest, by the variants' names."""
     variants = {}
     for name, model in models.items():
         variants |= _formats(name, model)
@@ -135,9 +143,7 @@ def compare(what: str, models: Mapping[str, nn.Module], batch: int, compiled: bo
         if compiled:
             variants[str(Variant(name, "compiled"))] = torch.compile(model)
             variants |= _frozen(name, model)
-    row = timed(variants, lambda model: model(**inputs), rounds)
-    skipped = 1 - macs.count(fast).executed / macs.count(dense).dense
-    return {"what": what, **row, "macs_skipped": skipped, "weight_bytes": sizes.memory(fast) / sizes.memory(dense)}
+    return variants
 
 
 def _pruned(name: str, dtype: torch.dtype, device: str | torch.device) -> dict[str, nn.Module]:
@@ -179,7 +185,7 @@ class Variant(NamedTuple):
     """A model and the way it runs; as text, in results files, "dense" or "dense, compiled".
 
     Attributes:
-        kind: "dense", "packed" or "pruned".
+        kind: "dense", "packed", "pruned", or "dense shallow" and "packed shallow" for calls without the deep blocks.
         way: "eager", "channels last", "compiled", "frozen" or "oneDNN".
     """
 
@@ -243,10 +249,11 @@ def timed(variants: Mapping[str, nn.Module], call, rounds: int) -> dict:
     """
     with torch.no_grad():
         timings = latency.interleaved({name: lambda m=model: call(m) for name, model in variants.items()}, rounds=rounds)
-    dense, fast, pruned = (_fastest(timings, kind) for kind in ("dense", "packed", "pruned"))
-    best = [_fastest(timings, kind, converted=True) for kind in ("dense", "packed")]
+    ms = {name: timing.median * 1e3 for name, timing in timings.items()}
+    dense, fast, pruned = (fastest(ms, kind, converted=False) for kind in ("dense", "packed", "pruned"))
+    best = [fastest(ms, kind) for kind in ("dense", "packed")]
     return {
-        "ms": {name: timing.median * 1e3 for name, timing in timings.items()},
+        "ms": ms,
         "quartiles": {name: [seconds * 1e3 for seconds in timing.spread] for name, timing in timings.items()},
         "fastest_dense": dense,
         "fastest_packed": fast,
@@ -258,10 +265,11 @@ def timed(variants: Mapping[str, nn.Module], call, rounds: int) -> dict:
     }
 
 
-def _fastest(timings: Mapping[str, latency.Timing], kind: str, converted: bool = False) -> str | None:
-    variants = {name: Variant.parse(name) for name in timings}
+def fastest(ms: Mapping[str, float], kind: str, converted: bool = True) -> str | None:
+    """The variant of this kind that takes the fewest milliseconds, of those `converted` to oneDNN too; None without a variant."""
+    variants = {name: Variant.parse(name) for name in ms}
     names = [name for name, variant in variants.items() if variant.kind == kind and (converted or variant.way != "oneDNN")]
-    return min(names, key=lambda name: timings[name].median, default=None)
+    return min(names, key=ms.__getitem__, default=None)
 
 
 @contextlib.contextmanager

@@ -10,11 +10,12 @@ class Recipe:
     """One experiment.
 
     Attributes:
-        suite: "headline", "short", "one-shot", "faces" or "paper".
+        suite: "headline", "short", "one-shot", "rivals", "faces" or "paper".
         backbone: the kind of network, as tables name it.
         method: the sparsity or the baseline, as tables name it.
         base: the recipe whose model is the start of the training, and a student's teacher; "" for random weights.
         role: "teacher", "2x4", "diffpruned", ...; unique among the recipes of one suite with the same base.
+        draws: the recipe whose model is scored once more, by another protocol; "" for a recipe that makes its own model.
         model: class and config of a model trained from scratch.
         schedule: noise schedule and prediction type of a model trained from scratch.
         context_tokens: tokens of text that the model takes, where its class's config does not tell; 0 for the class's own.
@@ -38,6 +39,7 @@ class Recipe:
     method: str
     base: str = ""
     role: str = "teacher"
+    draws: str = ""
     model: tuple[type, dict] | None = None
     schedule: dict = field(default_factory=dict)
     context_tokens: int = 0

@@ -58,8 +58,8 @@ def _suite(base: str, backbone: str, model: tuple[type, dict], teach: dict, half
     add("more-gentle", "dense, same extra training, lr 3e-4", train={**tune, **_GENTLE}, seeds=3)
     add("2x4", "2:4, SparseDM", train=tune, seeds=3, **distilled)
     add(
-        "2x4-from-calibrated", "2:4, teacher's loss from the calibrated start, lr 3e-4", bundle=True, distil=True, seeds=3,
-        train={**tune, **_GENTLE, **_TEACHER_ONLY}, **calibrated,
+        "2x4-from-calibrated", "2:4, SparseDM from the calibrated start, lr 3e-4", bundle=True, distil=True, seeds=3,
+        train={**tune, **_GENTLE}, **calibrated,
     )  # fmt: skip
     add("diffpruned", "Diff-Pruning", prune=pruned(), train=tune, seeds=3)
     add("diffpruned-2x4", "Diff-Pruning, then 2:4, SparseDM", prune=pruned(), train=tune, **distilled)

@@ -1,7 +1,10 @@
 """The experiments on the bundled letter models: the headline models, trained long, short runs of every method, and one-shot ones.
 
-A short run gives every method a tenth of the teacher's training, what Diff-Pruning claims to need. A one-shot run has none.
+A short run gives every method a tenth of the teacher's training, what Diff-Pruning claims to need. A one-shot run has none. The
+rivals save time without another model: they sample with fewer steps, or with DeepCache.
 """
+
+from dataclasses import replace
 
 from diffusers import UNet2DModel
 
@@ -56,6 +59,8 @@ def recipes() -> dict[str, Recipe]:
         **_short("glyphs-unet", "UNet", {**_TUNE["unet"], **_SHORT}, _RATIOS["unet"]),
         **_one_shot("glyphs-uvit", "U-ViT"),
         **_one_shot("glyphs-unet", "UNet"),
+        **_rivals("glyphs-uvit", "U-ViT"),
+        **_rivals("glyphs-unet", "UNet", cache_intervals=(2, 3, 5)),
     }
 
 
@@ -95,13 +100,13 @@ def _headline(base: str, backbone: str, model: tuple[type, dict], teach: dict, t
         f"{base}-2x4-from-calibrated": Recipe(
             "headline",
             backbone,
-            "2:4, teacher's loss from the calibrated start, lr 3e-4",
+            "2:4, SparseDM from the calibrated start, lr 3e-4",
             base,
             "2x4-from-calibrated",
             pattern="2:4",
             calibrate=_CALIBRATE,
             distil=True,
-            train={**tune, **_TEACHER_ONLY, **_GENTLE},
+            train={**tune, **_GENTLE},
             seeds=3,
         ),
         f"{base}-2x4": Recipe("headline", backbone, "2:4, SparseDM", base, "2x4", pattern="2:4", distil=True, **student),
@@ -197,3 +202,16 @@ def _one_shot(base: str, backbone: str) -> dict[str, Recipe]:
     for n, m in ((1, 4), (3, 4), (4, 8)):
         add(f"{n}x{m}", "ADMM", f"{n}:{m}", method="admm")
     return students
+
+
+def _rivals(base: str, backbone: str, cache_intervals: tuple[int, ...] = ()) -> dict[str, Recipe]:
+    """The teacher and its 2:4 student with fewer sampling steps, and with DeepCache."""
+    recipes = {}
+    for drawn, kind in ((base, "teacher"), (f"{base}-2x4", "2:4")):
+        usual = Protocol(n=5_000)
+        fewer = {f"{steps}-steps": replace(usual, steps=steps) for steps in (usual.steps, 40, 25)}
+        cached = {f"cached-{interval}": replace(usual, cache_interval=interval) for interval in cache_intervals}
+        for key, protocol in (fewer | cached).items():
+            role = key if drawn == base else f"2x4-{key}"
+            recipes[f"{drawn}-{key}"] = Recipe("rivals", backbone, kind, base, role, drawn, protocol=protocol)
+    return recipes
