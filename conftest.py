@@ -15,7 +15,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread for each worker and for what it starts
     os.environ["OMP_NUM_THREADS"] = "1"
 
-ALONE_NOTEBOOKS = ("01_nm_masks.ipynb", "08_speed.ipynb")
+ALONE_NOTEBOOKS = ("08_speed.ipynb",)
 LONG = ("test_kernels.py", "test_export.py", "test_recipes.py", "test_denoisers.py", "test_distill.py", "test_browser.py")
 
 

@@ -208,7 +208,7 @@ def _rivals(base: str, backbone: str, cache_intervals: tuple[int, ...] = ()) -> 
     """The teacher and its 2:4 student with fewer sampling steps, and with DeepCache."""
     recipes = {}
     for drawn, kind in ((base, "teacher"), (f"{base}-2x4", "2:4")):
-        usual = Protocol(n=5_000)
+        usual = Protocol(n=5_000, batch_size=64)
         fewer = {f"{steps}-steps": replace(usual, steps=steps) for steps in (usual.steps, 40, 25)}
         cached = {f"cached-{interval}": replace(usual, cache_interval=interval) for interval in cache_intervals}
         for key, protocol in (fewer | cached).items():
