@@ -131,8 +131,10 @@ def test_faces_are_asked_for_with_chips_and_letters_are_one_click_away(open_page
     sheet = open_page(width, url=gallery)
     line, chip = sheet.get_by_role("textbox", name="Word"), sheet.locator("[data-word='blue hair']")
     before = line.input_value()
-    chip.click()
+    chip.focus()
+    sheet.keyboard.press("Enter")
     sheet.wait_for_function("document.querySelector('.right .figures')?.innerText.includes('blue hair')", timeout=WAIT)
+    assert sheet.evaluate("document.activeElement.dataset.word") == "blue hair"
     assert line.input_value() == f"{before}, blue hair" and chip.get_attribute("aria-pressed") == "true"
     assert sheet.evaluate("document.documentElement.scrollWidth") <= width
     line.fill("sunglases")
