@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import sparsedm
-from sparsedm.experiments import bench
+from sparsedm.checkpoints import folders
+from sparsedm.experiments import bench, timing
 from sparsedm.masking import layers
 from sparsedm.measure import large as measure_large
 from sparsedm.measure import speed
 from sparsedm.models import large
-from sparsedm.packing import kernels
+from sparsedm.packing import kernels, packed
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler for the packed kernels")
 
@@ -118,3 +119,16 @@ def test_large_models_have_their_published_sizes():
     assert millions["sd15-512"] == pytest.approx(859.5, abs=0.1)  # the model cards'
     assert millions["sdxl-512"] == pytest.approx(2567.5, abs=0.1)
     assert millions["pixart-512"] == pytest.approx(610.9, abs=0.1)
+
+
+@needs_kernels
+def test_methods_are_timed_without_their_training(monkeypatch, tmp_path):
+    timed = {}
+    monkeypatch.setattr(timing, "compare", lambda what, models, *rest: timed.update({what: models["packed"]}) or {})
+    names = ["glyphs-unet-short-diffpruned", "glyphs-unet-short-diffpruned-2x4", "glyphs-unet-short-1x4"]
+    assert [row["name"] for row in timing.measure_methods(tmp_path, names, batch=1)] == names
+    pruned, both, quarter = timed.values()
+    bundled = folders.load("glyphs-unet-diffpruned")
+    assert sparsedm.count(pruned).dense == sparsedm.count(bundled).dense == sparsedm.count(both).dense
+    assert not packed.has_packed(pruned) and sparsedm.count(both).sparse < 0.6 * sparsedm.count(bundled).sparse
+    assert 0.25 < sparsedm.count(quarter).sparse / sparsedm.count(folders.load("glyphs-unet")).dense < 0.3

@@ -63,8 +63,7 @@ def _layers(o: Options) -> Iterator[dict]:
 
 
 def _methods(o: Options) -> Iterator[dict]:
-    names = [name for name in results.timed_recipes() if (o.runs / name / "model").is_dir()]
-    return timing.measure_methods(o.runs, names, dtypes=o.dtypes, threads=o.threads, device=o.device)
+    return timing.measure_methods(o.runs, results.timed_recipes(), dtypes=o.dtypes, threads=o.threads, device=o.device)
 
 
 def _rivals(o: Options) -> Iterator[dict]:

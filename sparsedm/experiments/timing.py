@@ -5,12 +5,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..checkpoints import folders
 from ..diffusion import deepcache
+from ..masking import layers
 from ..measure.speed import cast, compare, pair, randomised, timed, ways, with_threads
-from ..models import dryrun
+from ..models import dryrun, students
 from ..packing import packed
+from ..pruning import diffpruning
 from .recipes import recipe
 from .rivals import SHALLOW
 
@@ -24,25 +27,30 @@ def measure_methods(
     rounds: int = 15,
     device: str | torch.device = "cpu",
 ) -> Iterator[dict]:
-    """Times of one sampling step of models made by recipes, in `runs`/name/model, against their teacher's; one row each.
+    """Times of one sampling step of recipes' models against their teacher's; one row each.
 
-    N:M models run packed. Every model also runs compiled, and the faster way counts. Rows are as from `measure_steps`, where
-    "packed" stands for the recipe's model.
-
-    Raises:
-        ValueError: the folder of a model is missing.
-    """  # fmt: skip
+    A model that is not in `runs`/name/model is made as its recipe makes it, but not trained: the values of the weights do not
+    change the time. N:M models run packed. Rows are as from `measure_steps`, where "packed" stands for the recipe's model.
+    """
     for name, dtype, count in itertools.product(names, dtypes, threads or (torch.get_num_threads(),)):
-        folder = Path(runs, name, "model")
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is not there; make it with: python -m sparsedm reproduce {name} --out {runs}")
         with with_threads(count):
             dense = cast(folders.load(recipe(name).base), getattr(torch, dtype), device)
-            fast = cast(folders.load(folder), getattr(torch, dtype), device)
+            fast = cast(_model(name, Path(runs)), getattr(torch, dtype), device)
             fast = packed.pack(fast, batch=batch) if recipe(name).pattern else fast
             step = compare(f"{name}, batch {batch}", {"dense": dense, "packed": fast}, batch, True, rounds)
             torch.compiler.reset()
         yield {"name": name, "dtype": dtype, "threads": count, **step}
+
+
+def _model(name: str, runs: Path) -> nn.Module:
+    """The recipe's model: the trained one, or one of its shape and pattern."""
+    if (runs / name / "model").is_dir():
+        return folders.load(runs / name / "model")
+    chosen = recipe(name)
+    model = folders.load(chosen.base)
+    if chosen.prune:
+        model = diffpruning.prune(model, chosen.prune["ratio"], round_to=chosen.prune["round_to"], score="magnitude")
+    return layers.fold(students.sparsify(model, chosen.pattern)) if chosen.pattern else model
 
 
 def measure_rivals(
@@ -63,7 +71,7 @@ def measure_rivals(
         yield {"name": name, "what": f"{name}, batch {batch}", "batch": batch, "dtype": dtype, "threads": count, **row}
 
 
-def _shallow(models: dict[str, torch.nn.Module], inputs: dict) -> dict[str, torch.nn.Module]:
+def _shallow(models: dict[str, nn.Module], inputs: dict) -> dict[str, nn.Module]:
     """UNets that return what their deep blocks gave for these inputs, by kind; {} for other models."""
     shallow = {}
     for kind, model in models.items():
