@@ -16,7 +16,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread 
     os.environ["OMP_NUM_THREADS"] = "1"
 
 ALONE_NOTEBOOKS = ("08_speed.ipynb",)
-LONG = ("test_kernels.py", "test_export.py", "test_recipes.py", "test_denoisers.py", "test_distill.py", "test_browser.py")
+LONG = (
+    "test_kernels.py",
+    "test_export.py",
+    "test_recipes.py",
+    "test_denoisers.py",
+    "test_distill.py",
+    "test_browser.py",
+    "test_jupyterlab.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
