@@ -27,16 +27,21 @@ TRIAL = {"lr": 1e-3, "steps": 4, "batch_size": 2, "checkpoint_every": 1, "mixed_
 
 
 def narrow(found: recipes.Recipe) -> recipes.Recipe:
-    """The same recipe with a model of few channels, for pictures of 32x32 at most and the same labels."""
+    """The same recipe with a model of few channels, for pictures of 32x32 at most and the same labels.
+
+    Models for 32x32 have two levels, the second with attention: at full size they are pruned in test_diffpruning.py.
+    """
     cls, config = found.model
     if cls is UNet2DModel:
-        first, *_ = config["block_out_channels"]
-        widths = tuple(8 * width // first for width in config["block_out_channels"])
-        heads = config["attention_head_dim"] and 8
-        config = {**config, "sample_size": 32, "block_out_channels": widths, "norm_num_groups": 4, "layers_per_block": 1}
-        config["attention_head_dim"] = heads
+        downs, ups, widths = (config[key] for key in ("down_block_types", "up_block_types", "block_out_channels"))
+        levels = [0, downs.index("AttnDownBlock2D")] if config["sample_size"] == 32 else [*range(len(downs))]
+        config = {**config, "sample_size": 32, "norm_num_groups": 4, "layers_per_block": 1}
+        config["down_block_types"] = tuple(downs[level] for level in levels)
+        config["up_block_types"] = tuple(ups[-1 - level] for level in reversed(levels))
+        config["block_out_channels"] = tuple(8 * widths[level] // widths[0] for level in levels)
+        config["attention_head_dim"] = config["attention_head_dim"] and 8
     else:
-        config = {**config, "embed_dim": 32, "depth": 2, "num_heads": 2}
+        config = {**config, "sample_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
     return dataclasses.replace(found, model=(cls, config))
 
 
@@ -69,7 +74,16 @@ def settings(name: str) -> dict:
 
 
 @pytest.fixture
-def trial(monkeypatch, tmp_path):
+def short(monkeypatch):
+    """Importances of two pictures and three timesteps."""
+    importance = diffpruning.importance
+    few = lambda *args, **options: itertools.islice(importance(*args, **options), 3)  # noqa: E731
+    monkeypatch.setattr(diffpruning, "importance", few)
+    monkeypatch.setattr(beginning, "IMPORTANCE_PICTURES", 2)
+
+
+@pytest.fixture
+def trial(short, monkeypatch, tmp_path):
     """`trial(name)`: a generator that carries the recipe out at trial size."""
 
     def stand_in(name: str):
@@ -97,10 +111,6 @@ def trial(monkeypatch, tmp_path):
         return experiment.reproduce(name, tmp_path, protocol, vae=vae if latent else None, **settings(name))
 
     monkeypatch.setattr(experiment, "RunLog", functools.partial(runlog.RunLog, every=1))
-    monkeypatch.setattr(beginning, "IMPORTANCE_PICTURES", 2)
-    importance = diffpruning.importance
-    few = lambda *args, **options: itertools.islice(importance(*args, **options), 3)  # noqa: E731
-    monkeypatch.setattr(diffpruning, "importance", few)
     return start
 
 
@@ -131,7 +141,7 @@ FACES = {name: found for name, found in recipes.RECIPES.items() if found.suite =
 
 
 @pytest.mark.parametrize("name", ["faces-unet-2x4-from-calibrated", "faces-unet-diffpruned", "faces-uvit-2x4-oneshot"])
-def test_recipes_for_faces_make_students_that_draw_from_words(name, monkeypatch, tmp_path):
+def test_recipes_for_faces_make_students_that_draw_from_words(name, short, monkeypatch, tmp_path):
     chosen = FACES[name]
     cls, config = FACES[chosen.base].model
     small = {"embed_dim": 16, "depth": 2, "num_heads": 2} if cls is UViTModel else {"block_out_channels": (8, 8, 16)}
@@ -141,7 +151,6 @@ def test_recipes_for_faces_make_students_that_draw_from_words(name, monkeypatch,
     folders.save(base, tmp_path / chosen.base / "model")
     chosen = dataclasses.replace(chosen, calibrate={"n": 32, "packages": 1} if chosen.calibrate else {})
     monkeypatch.setitem(recipes.RECIPES, name, chosen)
-    monkeypatch.setattr(beginning, "IMPORTANCE_PICTURES", 2)
     monkeypatch.setitem(metrics.MIN_SAMPLES, "fd", 4)
     protocol = dataclasses.replace(chosen.protocol, n=4, steps=2)
     trial = {**TRIAL, "warmup": 0, "steps": 1} if chosen.train else {}
