@@ -9,9 +9,9 @@ from diffusers import UNet2DConditionModel
 import sparsedm
 from sparsedm import diffusion
 from sparsedm.diffusion import deepcache
-from sparsedm.experiments import recipes, results, rivals
+from sparsedm.experiments import recipes, results, rivals, timing
 from sparsedm.measure.protocol import Protocol
-from sparsedm.packing import packed
+from sparsedm.packing import kernels, packed
 
 BASE = "glyphs-unet"
 
@@ -102,3 +102,20 @@ def test_time_counts_whole_and_shallow_steps(stored):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in rivals.table().splitlines()[2:7]]
     assert [row[3] for row in cells] == ["100.0", "62.5", "50.0", "50.0", "20.0"]
     assert cells[1][:5] == ["UNet teacher", "50", "at every 2th (DeepCache)", "62.5", "2.50"]
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler for the packed kernels")
+def test_steps_without_the_deep_blocks_are_timed_on_the_same_output(monkeypatch):
+    differences = {}
+
+    @torch.no_grad()
+    def plain(models, inputs, compiled):
+        for kind, model in models.items():
+            whole = models[kind.removesuffix(" shallow")]
+            differences[type(model).__name__, kind] = (model(**inputs).sample - whole(**inputs).sample).abs().max().item()
+        return models
+
+    monkeypatch.setattr(timing, "ways", plain)
+    rows = {row["name"]: row for row in timing.measure_rivals((BASE, "glyphs-uvit"), batch=2, rounds=1)}
+    assert set(rows[BASE]["ms"]) == {"dense", "packed", "dense shallow", "packed shallow"} > set(rows["glyphs-uvit"]["ms"])
+    assert len(differences) == 6 and max(differences.values()) < 1e-5
