@@ -4,14 +4,15 @@ import io
 import shutil
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from sparsedm.demo import page
+from sparsedm.demo import models, page
 
 OUT = Path(__file__).with_name("demo.gif")
-SIZE, SCALE, COLOURS = {"width": 1060, "height": 760}, 0.7, 128
-WORD = "SPARSE"
+SIZE, SCALE, COLOURS = {"width": 1060, "height": 880}, 0.65, 256
+WORDS = "blue hair, round glasses, big smile"
 
 
 def frame(sheet: Page) -> Image.Image:
@@ -24,13 +25,13 @@ def done(sheet: Page) -> bool:
 
 
 def film(sheet: Page) -> list[tuple[Image.Image, int]]:
-    """Frames, each with the milliseconds that it stays: a word typed, both sides drawing, the slider dragged."""
+    """Frames, each with the milliseconds that it stays: words typed, both sides drawing, the slider dragged."""
     frames = []
-    word = sheet.get_by_label("Word").first
-    word.fill("")
-    for letter in WORD:
-        word.press_sequentially(letter)
-        frames.append((frame(sheet), 150))
+    line = sheet.get_by_role("textbox", name="Words")
+    line.fill("")
+    for word in WORDS.split(" "):
+        line.press_sequentially(f"{word} ")
+        frames.append((frame(sheet), 350))
     sheet.keyboard.press("Enter")
     sheet.wait_for_function("document.querySelector('#verdict').innerText.includes('Denoising')")
     while not done(sheet):
@@ -51,7 +52,8 @@ def film(sheet: Page) -> list[tuple[Image.Image, int]]:
 
 
 def main() -> None:
-    demo = page.build()
+    catalogue = models.Catalogue()
+    demo = page.build(catalogue, *models.pairs()[models.FACES])
     url = page.launch(demo, prevent_thread_lock=True, quiet=True)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
@@ -61,7 +63,8 @@ def main() -> None:
         frames, durations = zip(*film(sheet), strict=True)
         browser.close()
     demo.close()
-    palette = frames[-1].quantize(COLOURS, Image.Quantize.MAXCOVERAGE)  # rare colours, too
+    both = Image.fromarray(np.concatenate([frames[0], frames[-1]]))
+    palette = both.quantize(COLOURS, Image.Quantize.MAXCOVERAGE)  # rare colours, too
     first, *rest = (image.quantize(COLOURS, palette=palette, dither=Image.Dither.NONE) for image in frames)
     first.save(OUT, save_all=True, append_images=rest, duration=list(durations), loop=0, optimize=True)
     print(f"{OUT}: {len(frames)} frames, {OUT.stat().st_size // 1024} KB")
