@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsedm.packing import kernels, tuning
+from sparsedm.support import latency
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
 
@@ -15,6 +16,7 @@ def file(tmp_path, monkeypatch):
     path = tmp_path / "times.json"
     monkeypatch.setattr(tuning, "path", lambda: path)
     monkeypatch.setattr(tuning, "known", {})
+    monkeypatch.setattr(tuning, "under_load", lambda: False)
     return path
 
 
@@ -33,6 +35,32 @@ def test_measured_once_and_remembered_by_the_next_process(file, monkeypatch):
     assert tuning.times(("layer", 1), lambda: variants(calls)) == found
     monkeypatch.setattr(tuning, "known", {})  # as in a new process
     assert tuning.times(("layer", 1), lambda: variants(calls)) == found and len(calls) == 1
+
+
+def test_times_taken_under_load_are_measured_anew_by_the_next_process(file, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tuning, "under_load", lambda: True)
+    tuning.times(("layer", 1), lambda: variants(calls))
+    monkeypatch.setattr(tuning, "under_load", lambda: False)
+    tuning.times(("layer", 2), lambda: variants(calls))
+    tuning.times(("layer", 1), lambda: variants(calls))
+    assert len(calls) == 2 and len(json.loads(file.read_text())) == 1
+    monkeypatch.setattr(tuning, "known", {})
+    tuning.times(("layer", 1), lambda: variants(calls))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(("packed", "rounds"), [([2.0] * 9, 9), ([2.0, 0.5] * 5, 36)])
+def test_rounds_that_disagree_are_followed_by_more(file, monkeypatch, packed, rounds):
+    asked = []
+
+    def interleaved(variants, rounds):
+        asked.append(rounds)
+        return {"dense": latency.Timing((1.0,) * len(packed)), "packed": latency.Timing(tuple(packed))}
+
+    monkeypatch.setattr(latency, "interleaved", interleaved)
+    tuning.times(("layer", 1), lambda: {})
+    assert asked[-1] == rounds
 
 
 def test_other_keys_and_threads_are_measured_anew(file):

@@ -43,5 +43,9 @@ def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int = 1
 
 def ratio(timings: Mapping[str, Timing], numerator: str, denominator: str) -> float:
     """Median over the rounds of the ratio of two variants' times: noise that lasts longer than a round cancels."""
-    pairs = zip(timings[numerator].seconds, timings[denominator].seconds, strict=True)
-    return statistics.median(a / b for a, b in pairs)
+    return statistics.median(ratios(timings, numerator, denominator))
+
+
+def ratios(timings: Mapping[str, Timing], numerator: str, denominator: str) -> list[float]:
+    """The ratio of two variants' times in every round."""
+    return [a / b for a, b in zip(timings[numerator].seconds, timings[denominator].seconds, strict=True)]
