@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str:
-    return "about twenty minutes on two cores, notebooks included; -n 0 runs one test at a time"
+    return "about fifteen minutes on two cores, notebooks included; -n 0 runs one test at a time"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

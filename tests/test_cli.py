@@ -34,7 +34,10 @@ def test_info_shows_layers_patterns_and_macs():
     [
         (("info", "nothing"), "error: unknown model 'nothing'; bundled: face-classifier, faces-unet, "),
         (("reproduce", "nothing"), "error: unknown recipe 'nothing'; `python -m sparsedm reproduce list` shows"),
-        (("bench", "--what", "nothing"), "error: unknown benchmark 'nothing'; known: step, layers, methods, shares, large"),
+        (
+            ("bench", "--what", "nothing"),
+            "error: unknown benchmark 'nothing'; known: step, layers, methods, rivals, shares, large",
+        ),
         (("bench", "--device", "abacus"), "error: device 'abacus' is not there: "),
         (
             ("bench", "--what", "train-step", "--device", "meta"),
@@ -64,7 +67,7 @@ def test_reproduce_lists_recipes():
 
 def test_stored_results_are_told_to_programs():
     found = json.loads(CliRunner().invoke(cli.app, ["compare", "--json"]).stdout)
-    assert {"summary", "headline", "one-shot", "claims", "faces", "glyphs-uvit", "glyphs-unet"} == set(found)
+    assert {"summary", "headline", "one-shot", "rivals", "claims", "faces", "glyphs-uvit", "glyphs-unet"} == set(found)
     assert {"glyphs-uvit", "glyphs-unet-2x4"} <= {run["name"] for run in found["headline"]}
     assert all(run["scores"]["n"] == 5000 for run in found["glyphs-uvit"])
     assert {verdict["verdict"] for verdict in found["claims"]["glyphs-unet"]} <= {claims.HOLDS, claims.FAILS, claims.OPEN}
