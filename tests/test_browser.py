@@ -4,16 +4,11 @@ Screenshots of every tab go to the folder that SPARSEDM_SCREENSHOTS names.
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 
 from sparsedm.demo import models, page, visitors
-
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 
 WAIT = 90_000  # ms; generous, for other work may share the machine
 DONE = "document.querySelector('#verdict')?.innerText.includes('SSIM between')"
@@ -25,14 +20,6 @@ TABS = {  # and what is there when the tab has been filled
     "Speed here": "button:text-is('Measure')",
     "Fine-tune": "button:text-is('Train')",
 }
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 def opened(browser, url, wrong, width=1440, theme="light", errors=()):

@@ -5,7 +5,6 @@ All other cells run under nbmake (`pytest notebooks`).
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,10 +13,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 
 ROOT = Path(__file__).parent.parent
 WAIT = 120_000  # ms; generous, for other work may share the machine
@@ -78,14 +73,6 @@ def answer(address: str, server: subprocess.Popen, log: Path) -> None:
     raise TimeoutError(log.read_text())
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
 def choose(sheet, name: str, value: str) -> None:
     sheet.locator(f".widget-dropdown:has(label:text-is('{name}')) select").select_option(value)
 
@@ -104,7 +91,7 @@ def slide(sheet, name: str) -> None:
         ("06_diff_pruning", lambda sheet: slide(sheet, "threshold")),
     ],
 )
-def test_a_control_changes_its_figure(lab, browser, name, move):
+def test_a_control_changes_its_figure(browser, lab, name, move):
     sheet = browser.new_page()
     sheet.set_default_timeout(WAIT)
     sheet.goto(f"{lab}/doc/tree/{name}.ipynb")

@@ -9,7 +9,8 @@ from diffusers import UNet2DConditionModel
 import sparsedm
 from sparsedm import diffusion
 from sparsedm.diffusion import deepcache
-from sparsedm.experiments import recipes, results, rivals, timing
+from sparsedm.experiments import claims, recipes, results, rivals, timing
+from sparsedm.experiments.significance import Chance
 from sparsedm.measure.protocol import Protocol
 from sparsedm.packing import kernels, packed
 
@@ -103,6 +104,14 @@ def test_time_counts_whole_and_shallow_steps(stored):
     assert [row[3] for row in cells] == ["100.0", "62.5", "50.0", "50.0", "20.0"]
     assert "Abacus" in rivals.table()
     assert cells[1][:5] == ["UNet teacher", "50", "1 of 2 steps (DeepCache)", "62.5", "2.50"]
+
+
+def test_verdicts_compare_at_equal_time(stored):
+    verdicts = dict(zip((name for _, name, _ in claims.CLAIMS), claims.verdicts(BASE, Chance(0.05, 20)), strict=True))
+    fewer = verdicts["2:4 beats fewer steps of the teacher at equal measured time"]
+    assert fewer == claims.Verdict(claims.HOLDS, "2.20 against 3.00 at 50.0 ms a picture")
+    cached = verdicts["... and DeepCache on the teacher"]  # which takes 62.5 ms at least
+    assert cached.word == claims.OPEN and "no such run" in cached.figures
 
 
 @pytest.mark.skipif(not kernels.available(), reason="no C++ compiler for the packed kernels")

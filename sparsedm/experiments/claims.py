@@ -193,12 +193,11 @@ def _same_time(cached: bool) -> Callable[[Evidence], Verdict]:
     """The 2:4 student at the usual steps against its teacher, which saves as much time by DeepCache or by fewer steps."""
 
     def judge(evidence: Evidence) -> Verdict:
-        student, ways = evidence.rival("2x4-50-steps"), [evidence.rival("50-steps")]
-        for row in rivals.rows(evidence.base):
-            if row.recipe.draws == evidence.base and (row.recipe.protocol.cache_interval > 1) == cached:
-                ways.append(row)
+        student, usual = evidence.rival("2x4-50-steps"), evidence.rival("50-steps").name
+        teacher = [row for row in rivals.rows(evidence.base) if row.recipe.draws == evidence.base]
+        ways = [row for row in teacher if row.name == usual or (row.recipe.protocol.cache_interval > 1) == cached]
         time = _picture_ms(student)
-        rival = _at(time, {(_picture_ms(row), Score.of(row)) for row in ways})
+        rival = _at(time, ((_picture_ms(row), Score.of(row)) for row in ways))
         if rival is None:
             return Verdict(OPEN, f"{student.fd:.2f}, but no such run of the teacher takes {time:.1f} ms a picture")
         word = _all([evidence.chance.compare(Score.of(student), rival)])
